@@ -109,6 +109,22 @@ def save_drafter(drafter: Drafter, directory: str | Path, **config_fields: objec
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
+def check_files(directory: str | Path, config: DrafterConfig) -> None:
+    """Check names and shapes of all tensors before any target is loaded.
+
+    Raises:
+        DrafterError: unreadable or truncated files, or tensors that do not fit ``config``.
+    """
+    directory = Path(directory)
+    tensors = _read_tensors(directory)
+    config = _with_rnn_from_tensors(config, tensors, directory)
+    _take_draft_vocab(config, tensors, directory)
+    if config.shared_head:
+        width = next(iter(tensors.values()), torch.empty(0))
+        tensors[_head_name(config)] = width.new_empty(config.draft_vocab_size, config.exit_dim)
+    _check_tensors(config, tensors, directory)
+
+
 def check_target_tables(
     config: DrafterConfig,
     embedding: Tensor | None,

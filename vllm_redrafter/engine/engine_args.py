@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``method: redrafter`` -> what an unmodified vLLM accepts.
+
+``SpeculativeConfig.method`` is a closed list tested in many places of vLLM. So the method never
+reaches it: ``EngineArgs.create_engine_config`` is wrapped, and public fields are rewritten to
+``custom_class`` with our proposer, our worker, and the options in ``additional_config``.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_redrafter.drafter.config import MODEL_TYPES, DrafterError, load_config, model_type_of
+from vllm_redrafter.options import METHOD, OptionError, check_keys, resolve_options
+
+logger = logging.getLogger("vllm.vllm_redrafter")
+
+# Our key in vLLM's additional_config.
+OPTIONS_KEY = "redrafter"
+
+PROPOSER_PATH = "vllm_redrafter.engine.v1.proposer.ReDrafterProposer"
+CPU_WORKER_PATH = "vllm_redrafter.engine.v1.worker.ReDrafterCPUWorker"
+
+_WRAPPED_MARK = "_vllm_redrafter_wrapped"
+
+
+def install() -> None:
+    """Wrap ``EngineArgs.create_engine_config`` once."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_engine_config
+    if getattr(original, _WRAPPED_MARK, False):
+        return
+    wrapped = _wrap(original)
+    setattr(wrapped, _WRAPPED_MARK, True)
+    EngineArgs.create_engine_config = wrapped  # type: ignore[method-assign]
+
+
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = asked_for_redrafter(self)
+        if asked is None:
+            return original(self, *args, **kwargs)
+        # Imported only when asked for: it pulls in torch and the drafter.
+        from vllm_redrafter.engine.checks import check_engine_args, check_engine_config
+
+        options, drafter = read_options(asked)
+        check_engine_args(self)
+        rewrite(self, options)
+        config = original(self, *args, **kwargs)
+        check_engine_config(config, options, drafter)
+        return config
+
+    return create_engine_config
+
+
+def asked_for_redrafter(engine_args: Any) -> dict[str, Any] | None:
+    """The user's speculative_config, if it asks for ReDrafter by method or by directory."""
+    config = dict(engine_args.speculative_config or {})
+    config = {key.replace("-", "_"): value for key, value in config.items()}
+    for field, key in (
+        ("spec_method", "method"),
+        ("spec_model", "model"),
+        ("spec_tokens", "num_speculative_tokens"),
+    ):
+        value = getattr(engine_args, field, None)
+        if value is not None:
+            config.setdefault(key, value)
+    method, model = config.get("method"), config.get("model")
+    if method == METHOD:
+        return config
+    if method is None and model and model_type_of(str(model)) in MODEL_TYPES:
+        return config
+    return None
+
+
+def read_options(asked: dict[str, Any]) -> tuple[Any, Any]:
+    """Options and drafter config of what the user asked for.
+
+    Raises:
+        OptionError, DrafterError: see there.
+    """
+    check_keys(asked)
+    if not asked.get("model"):
+        raise OptionError(
+            "speculative_config with method 'redrafter' needs 'model', the drafter's directory."
+        )
+    directory = locate(str(asked["model"]))
+    drafter = load_config(directory)
+    options = resolve_options({**asked, "model": directory}, drafter)
+    wanted = asked.get("num_speculative_tokens")
+    if wanted is not None and wanted > options.num_speculative_tokens:
+        logger.warning(
+            "num_speculative_tokens is %d, but beam_width %d x draft_length %d gives at most %d "
+            "nodes; using %d.",
+            wanted, options.beam_width, options.draft_length, options.num_speculative_tokens,
+            options.num_speculative_tokens,
+        )  # fmt: skip
+    return options, drafter
+
+
+def locate(model: str) -> str:
+    """A local drafter directory: ``model`` itself, or a download of the hub repository so named."""
+    if Path(model).is_dir():
+        return str(Path(model).resolve())
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        load_config(model)  # raises the message for a missing directory
+    try:
+        from huggingface_hub import snapshot_download
+
+        return snapshot_download(model, allow_patterns=["*.json", "*.safetensors"])
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DrafterError(
+            f"The drafter '{model}' is no local directory and could not be downloaded ({reason}); "
+            "give the path of a directory that holds config.json and model.safetensors."
+        ) from error
+
+
+def rewrite(engine_args: Any, options: Any) -> None:
+    """Put the options where vLLM carries them; touches public fields only."""
+    engine_args.speculative_config = {
+        "method": "custom_class",
+        "model": PROPOSER_PATH,
+        "num_speculative_tokens": options.num_speculative_tokens,
+    }
+    engine_args.spec_method = engine_args.spec_model = engine_args.spec_tokens = None
+    additional = dict(engine_args.additional_config or {})
+    additional[OPTIONS_KEY] = options.to_dict()
+    engine_args.additional_config = additional
+    engine_args.worker_cls = CPU_WORKER_PATH
+
+
+def options_of(vllm_config: Any) -> Any:
+    """The ReDrafterOptions that a rewritten config carries."""
+    from vllm_redrafter.options import ReDrafterOptions
+
+    return ReDrafterOptions(**vllm_config.additional_config[OPTIONS_KEY])

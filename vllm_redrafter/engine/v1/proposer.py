@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From hidden states and known tokens to the trees of the next step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_redrafter.drafter.checkpoint import load_drafter
+from vllm_redrafter.drafter.config import DrafterError
+from vllm_redrafter.engine.engine_args import options_of
+from vllm_redrafter.engine.v1.request_tree import RequestTree
+from vllm_redrafter.ops.build_tree import build_tree
+from vllm_redrafter.ops.draft import make_draft
+from vllm_redrafter.options import ReDrafterOptions
+
+
+class ReDrafterProposer:
+    """What vLLM builds for ``method: custom_class``; our runner calls ``draft``."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.options: ReDrafterOptions = options_of(vllm_config)
+        self._draft: Any = None
+
+    def load_model(self, target: torch.nn.Module) -> None:
+        """Load the drafter and bind it to the loaded target's tables."""
+        options = self.options
+        embedding, lm_head = target_tables(target)
+        drafter = load_drafter(options.model, embedding=embedding, lm_head=lm_head)
+        self._draft = make_draft(
+            drafter,
+            beam_width=options.beam_width,
+            draft_length=options.draft_length,
+            top_k=options.top_k,
+        )
+
+    def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        """vLLM demands this name; its arguments lack the hidden states, so it drafts nothing."""
+        raise RuntimeError("ReDrafter drafts through its own runner; this call is a bug.")
+
+    def draft(self, context: Tensor, tokens: Sequence[int]) -> list[RequestTree]:
+        """Draft one tree per request.
+
+        Args:
+            context: ``[B, H]``, hidden states that predicted ``tokens``.
+            tokens: B known tokens.
+        """
+        beams = self._draft(context, torch.tensor(tokens, dtype=torch.int64))
+        tree, masks = build_tree(beams, self.options.tree, self.options.num_speculative_tokens)
+        masks_np = masks.numpy()
+        rows = zip(
+            tree.num_nodes.tolist(), tree.tokens.tolist(), tree.parents.tolist(),
+            tree.depths.numpy(), masks_np, strict=True,
+        )  # fmt: skip
+        return [
+            RequestTree(tokens[1:n], parents[1:n], depths[1:n], mask[:n])
+            for n, tokens, parents, depths, mask in rows
+        ]
+
+
+def target_tables(target: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    """The target's input embedding and output head weights, ``[rows, hidden]`` each.
+
+    Raises:
+        DrafterError: a target whose tables are not where a decoder-only vLLM model has them.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        VocabParallelEmbedding,
+    )
+
+    embeddings = [
+        module
+        for module in target.modules()
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+    ]
+    heads = [module for module in target.modules() if isinstance(module, ParallelLMHead)]
+    # A tied head is the embedding itself.
+    tables = [group[0].weight for group in (embeddings[:1], (heads or embeddings)[:1]) if group]
+    name = type(target).__name__
+    if len(tables) < 2:
+        raise DrafterError(f"{name} has no input embedding that ReDrafter can read.")
+    for table in tables:
+        if table.dim() != 2 or not table.is_floating_point():
+            raise DrafterError(
+                f"{name} keeps its embedding or output head as {table.dtype}; ReDrafter needs "
+                "them unquantized."
+            )
+    return tables[0], tables[1]

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The user's JSON object, validated: one place for keys, defaults and messages."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_redrafter.drafter.config import DrafterConfig
+from vllm_redrafter.tree.rules import TREE_RULES
+
+METHOD = "redrafter"
+
+# What a drafter without defaults of its own gets. Chosen for small batches; see the README's table.
+DEFAULT_BEAM_WIDTH = 4
+DEFAULT_DRAFT_LENGTH = 3
+DEFAULT_TREE = "best"
+DEFAULT_TOP_K = 0
+DEFAULT_MAX_NODES = 15
+
+
+class OptionError(ValueError):
+    """A speculative_config that cannot be used; the message names the value and the cure."""
+
+
+@dataclass(frozen=True)
+class ReDrafterOptions:
+    """Everything the engine needs to know, in plain values that survive pickling.
+
+    Attributes:
+        model: local drafter directory.
+        num_speculative_tokens: the most drafted nodes of one request's tree (root not counted).
+        beam_width: W, candidates kept at every depth.
+        draft_length: L, drafted tokens along one path, never counting the known token.
+        tree: ``best`` or ``beams``, see ``vllm_redrafter.tree.build``.
+        top_k: renormalise the drafter's law over its k likeliest tokens; 0 is off.
+    """
+
+    model: str
+    num_speculative_tokens: int
+    beam_width: int = DEFAULT_BEAM_WIDTH
+    draft_length: int = DEFAULT_DRAFT_LENGTH
+    tree: str = DEFAULT_TREE
+    top_k: int = DEFAULT_TOP_K
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+VALID_KEYS = ("method", *(field.name for field in dataclasses.fields(ReDrafterOptions)))
+
+
+def check_keys(user: Mapping[str, Any]) -> None:
+    """Raise OptionError, listing the valid keys, if ``user`` holds an unknown one."""
+    unknown = [key for key in user if key not in VALID_KEYS]
+    if unknown:
+        raise OptionError(
+            f"speculative_config has the unknown key {unknown[0]!r}; ReDrafter's keys are "
+            f"{', '.join(VALID_KEYS)}."
+        )
+
+
+def resolve_options(user: Mapping[str, Any], drafter: DrafterConfig) -> ReDrafterOptions:
+    """Fill in what the user left out: from the drafter's config.json, then sensible values.
+
+    Args:
+        user: the speculative_config as given, keys checked with ``check_keys``; ``model`` must be
+            the local directory.
+        drafter: that directory's config.
+
+    Raises:
+        OptionError: a value of the wrong type or out of range.
+    """
+
+    def pick(name: str, default: Any) -> tuple[Any, str]:
+        if user.get(name) is not None:
+            return user[name], "speculative_config"
+        if name in drafter.defaults:
+            return drafter.defaults[name], "the drafter's config.json"
+        return default, "the default"
+
+    def integer(name: str, default: int, minimum: int) -> int:
+        value, source = pick(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise OptionError(
+                f"{name} is {value!r} in {source}; it must be an integer >= {minimum}."
+            )
+        return value
+
+    beam_width = integer("beam_width", DEFAULT_BEAM_WIDTH, 1)
+    draft_length = integer("draft_length", DEFAULT_DRAFT_LENGTH, 1)
+    top_k = integer("top_k", DEFAULT_TOP_K, 0)
+    tree, source = pick("tree", DEFAULT_TREE)
+    if tree not in TREE_RULES:
+        raise OptionError(f"tree is {tree!r} in {source}; it must be one of {', '.join(TREE_RULES)}.")
+    # A draft has at most W candidates at each of L depths: more nodes can never be filled.
+    most_nodes = beam_width * draft_length
+    nodes = integer("num_speculative_tokens", min(most_nodes, DEFAULT_MAX_NODES), 1)
+    return ReDrafterOptions(
+        model=str(user["model"]),
+        num_speculative_tokens=min(nodes, most_nodes),
+        beam_width=beam_width,
+        draft_length=draft_length,
+        tree=tree,
+        top_k=top_k,
+    )
