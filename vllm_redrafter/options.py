@@ -36,6 +36,9 @@ class ReDrafterOptions:
         draft_length: L, drafted tokens along one path, never counting the known token.
         tree: ``best`` or ``beams``, see ``vllm_redrafter.tree.build``.
         top_k: renormalise the drafter's law over its k likeliest tokens; 0 is off.
+        num_speculative_tokens_per_batch_size: vLLM's own key and format for easing off under
+            load: ``((first, last, nodes), ...)``, inclusive ranges of running requests from 1
+            on; beyond the last range its nodes stay. Empty: always ``num_speculative_tokens``.
     """
 
     model: str
@@ -44,10 +47,21 @@ class ReDrafterOptions:
     draft_length: int = DEFAULT_DRAFT_LENGTH
     tree: str = DEFAULT_TREE
     top_k: int = DEFAULT_TOP_K
+    num_speculative_tokens_per_batch_size: tuple[tuple[int, int, int], ...] = ()
+
+    def nodes_for(self, batch_size: int) -> int:
+        """How many nodes each of ``batch_size`` running requests may draft."""
+        nodes = self.num_speculative_tokens
+        for first, _, limit in self.num_speculative_tokens_per_batch_size:
+            if batch_size >= first:
+                nodes = limit
+        return min(nodes, self.num_speculative_tokens)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+
+SCHEDULE = "num_speculative_tokens_per_batch_size"
 
 VALID_KEYS = ("method", *(field.name for field in dataclasses.fields(ReDrafterOptions)))
 
@@ -94,11 +108,18 @@ def resolve_options(user: Mapping[str, Any], drafter: DrafterConfig) -> ReDrafte
     top_k = integer("top_k", DEFAULT_TOP_K, 0)
     tree, source = pick("tree", DEFAULT_TREE)
     if tree not in TREE_RULES:
-        raise OptionError(f"tree is {tree!r} in {source}; it must be one of {', '.join(TREE_RULES)}.")
+        raise OptionError(
+            f"tree is {tree!r} in {source}; it must be one of {', '.join(TREE_RULES)}."
+        )
     # A draft has at most W candidates at each of L depths: more nodes can never be filled.
     most_nodes = beam_width * draft_length
     nodes = integer("num_speculative_tokens", min(most_nodes, DEFAULT_MAX_NODES), 1)
+    schedule = user.get(SCHEDULE)
+    # A fixed number that the user asked for is not overruled by the drafter's own schedule.
+    if schedule is None and user.get("num_speculative_tokens") is None:
+        schedule = drafter.defaults.get(SCHEDULE)
     return ReDrafterOptions(
+        num_speculative_tokens_per_batch_size=_schedule(schedule),
         model=str(user["model"]),
         num_speculative_tokens=min(nodes, most_nodes),
         beam_width=beam_width,
@@ -106,3 +127,31 @@ def resolve_options(user: Mapping[str, Any], drafter: DrafterConfig) -> ReDrafte
         tree=tree,
         top_k=top_k,
     )
+
+
+def _schedule(value: Any) -> tuple[tuple[int, int, int], ...]:
+    """Check a schedule by batch size; the rules are those of vLLM's key of the same name."""
+    if value is None:
+        return ()
+    problem = OptionError(
+        f"{SCHEDULE} is {value!r}; it must be a list of [first, last, nodes] with ranges of batch "
+        "sizes that start at 1, rise without overlap, and hold 0 or more nodes."
+    )
+    if not isinstance(value, (list, tuple)) or not value:
+        raise problem
+    entries = []
+    for entry in value:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 3:
+            raise problem
+        if any(isinstance(item, bool) or not isinstance(item, int) for item in entry):
+            raise problem
+        entries.append(tuple(entry))
+    entries.sort()
+    previous_last = 0
+    for first, last, nodes in entries:
+        if not previous_last < first <= last or nodes < 0:
+            raise problem
+        previous_last = last
+    if entries[0][0] != 1:
+        raise problem
+    return tuple(entries)

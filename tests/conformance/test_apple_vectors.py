@@ -54,9 +54,7 @@ def test_no_recorded_case_is_decided_by_a_tie(case):
 def test_beam_search(case):
     drafter, oracle = case
     beams = draft(drafter, oracle)
-    torch.testing.assert_close(
-        beams.scores.transpose(0, 1), oracle["scores"], rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(beams.scores.transpose(0, 1), oracle["scores"], rtol=1e-4, atol=1e-4)
     assert torch.equal(beams.sequences(), oracle["beams"])
     assert torch.equal(beams.parents.transpose(0, 1), oracle["parents"])
 

@@ -21,7 +21,14 @@ MODEL_TYPES = (MODEL_TYPE, APPLE_MODEL_TYPE)
 APPLE_TOP_K = 50
 
 # Serving options that a config.json of ours may give defaults for.
-SERVING_DEFAULTS = ("beam_width", "draft_length", "tree", "top_k", "num_speculative_tokens")
+SERVING_DEFAULTS = (
+    "beam_width",
+    "draft_length",
+    "tree",
+    "top_k",
+    "num_speculative_tokens",
+    "num_speculative_tokens_per_batch_size",
+)
 
 
 class DrafterError(ValueError):

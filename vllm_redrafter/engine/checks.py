@@ -116,7 +116,9 @@ def _check_model(model: Any) -> None:
             f"{cure}"
         )
     if model.is_encoder_decoder:
-        raise UnsupportedError(f"ReDrafter does not support encoder-decoder models ({name}); {cure}")
+        raise UnsupportedError(
+            f"ReDrafter does not support encoder-decoder models ({name}); {cure}"
+        )
     if model.uses_mrope or getattr(model, "uses_xdrope_dim", 0):
         raise UnsupportedError(
             f"ReDrafter does not support multi-dimensional rotary positions ({name}); {cure}"

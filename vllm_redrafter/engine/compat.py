@@ -44,8 +44,15 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         "vllm.engine.arg_utils:EngineArgs",
         "the fields that the wrapper reads and rewrites",
-        fields=("speculative_config", "additional_config", "worker_cls", "spec_method",
-                "spec_model", "spec_tokens", "kv_transfer_config"),
+        fields=(
+            "speculative_config",
+            "additional_config",
+            "worker_cls",
+            "spec_method",
+            "spec_model",
+            "spec_tokens",
+            "kv_transfer_config",
+        ),
     ),  # fmt: skip
     Hook(
         "vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer",
@@ -77,8 +84,13 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         f"{RUNNER}.propose_draft_token_ids",
         "overridden: the draft, from the hidden states of the accepted nodes",
-        parameters=("scheduler_output", "sampled_token_ids", "sampling_metadata", "hidden_states",
-                    "sample_hidden_states"),
+        parameters=(
+            "scheduler_output",
+            "sampled_token_ids",
+            "sampling_metadata",
+            "hidden_states",
+            "sample_hidden_states",
+        ),
     ),  # fmt: skip
     Hook(
         f"{RUNNER}._input_fits_in_drafter",
@@ -113,9 +125,17 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         "vllm.v1.sample.metadata:SamplingMetadata",
         "restricted to the requests that still walk",
-        fields=("all_greedy", "generators", "max_num_logprobs", "no_penalties",
-                "allowed_token_ids_mask", "bad_words_token_ids", "logitsprocs",
-                "logprob_token_ids", "thinking_budget_state_holder"),
+        fields=(
+            "all_greedy",
+            "generators",
+            "max_num_logprobs",
+            "no_penalties",
+            "allowed_token_ids_mask",
+            "bad_words_token_ids",
+            "logitsprocs",
+            "logprob_token_ids",
+            "thinking_budget_state_holder",
+        ),
     ),  # fmt: skip
     Hook("vllm.v1.sample.sampler:Sampler.greedy_sample", "argmax with vLLM's own tie rule"),
     Hook(

@@ -89,9 +89,7 @@ def _best_tree(beams: Beams, b: int, limit: int | None) -> tuple[list[int], list
     return tokens, parents
 
 
-def _best_chain(
-    chosen: list[int], scores: list[float], parent_of: list[int | None]
-) -> list[int]:
+def _best_chain(chosen: list[int], scores: list[float], parent_of: list[int | None]) -> list[int]:
     """From the root always to the likeliest chosen child; ``chosen`` is best first."""
     chain: list[int] = []
     for candidate in chosen:

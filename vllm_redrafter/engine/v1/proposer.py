@@ -14,7 +14,7 @@ from vllm_redrafter.drafter.config import DrafterError
 from vllm_redrafter.engine.engine_args import options_of
 from vllm_redrafter.engine.v1.request_tree import RequestTree
 from vllm_redrafter.ops.build_tree import build_tree
-from vllm_redrafter.ops.draft import make_draft
+from vllm_redrafter.ops.draft import CompiledDraft
 from vllm_redrafter.options import ReDrafterOptions
 
 
@@ -30,11 +30,12 @@ class ReDrafterProposer:
         options = self.options
         embedding, lm_head = target_tables(target)
         drafter = load_drafter(options.model, embedding=embedding, lm_head=lm_head)
-        self._draft = make_draft(
+        self._draft = CompiledDraft(
             drafter,
             beam_width=options.beam_width,
             draft_length=options.draft_length,
             top_k=options.top_k,
+            take_weights=True,
         )
 
     def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:

@@ -17,15 +17,17 @@ from torch import Tensor
 from vllm.v1.outputs import SamplerOutput
 
 from vllm_redrafter.engine.checks import check_layers
+from vllm_redrafter.engine.engine_args import options_of
 from vllm_redrafter.engine.metrics import ReDrafterStats
 from vllm_redrafter.engine.v1.cpu_attention import STEP_ATTRIBUTE, TreeStep, adopt
 from vllm_redrafter.engine.v1.kv_layout import probe_layout, split_cache
 from vllm_redrafter.engine.v1.request_tree import RequestTree, chain, chain_masks, mask_words
 from vllm_redrafter.engine.v1.walk import (
     BatchWalk,
+    GreedyDraw,
+    SampledDraw,
     stack_logprobs,
-    walk_argmax,
-    walk_by_level,
+    walk_trees,
 )
 from vllm_redrafter.ops.move_kv import MoveKV
 
@@ -69,6 +71,7 @@ class TreeRunnerMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.redrafter_stats = ReDrafterStats()
+        self._options = options_of(self.vllm_config)
         self._trees: dict[str, RequestTree] = {}
         self._step: _Step | None = None
         # Widest row of a request that our attention takes over from vLLM's.
@@ -159,7 +162,9 @@ class TreeRunnerMixin:
             count <= self._max_rows and (not step.holds_tree(i) or roots[i] == first)
             for i, (first, count) in enumerate(zip(step.first_row, step.row_count, strict=True))
         )
-        masks = torch.zeros(int(step.row_count.sum()), mask_words(self._max_rows), dtype=torch.int64)
+        masks = torch.zeros(
+            int(step.row_count.sum()), mask_words(self._max_rows), dtype=torch.int64
+        )
         covered, starts, counts = [], [], []
         for i, tree in enumerate(step.trees):
             if step.holds_tree(i):
@@ -175,7 +180,9 @@ class TreeRunnerMixin:
             counts.append(len(mask))
         index = np.array(covered)
         row_start = np.array(starts)
-        context = self.input_batch.num_computed_tokens_cpu[index] + row_start - step.first_row[index]
+        context = (
+            self.input_batch.num_computed_tokens_cpu[index] + row_start - step.first_row[index]
+        )
         return TreeStep(
             request_index=_int32(index),
             row_start=_int32(row_start),
@@ -192,26 +199,19 @@ class TreeRunnerMixin:
         if step is None or logits is None or spec_decode_metadata is None:
             return super()._sample(logits, spec_decode_metadata)
         with self.redrafter_stats.timed("walk"):
-            step.walk = self._walk(logits, step)
+            metadata, logprobs = self.input_batch.sampling_metadata, None
+            if self._all_plain_greedy(metadata):
+                draw = GreedyDraw(logits, self.sampler)
+                step.walk = walk_trees(step.trees, step.first_logit, draw)
+            else:
+                outputs = self.input_batch.req_output_token_ids
+                with SampledDraw(logits, self.sampler, metadata, outputs) as sampled_draw:
+                    step.walk = walk_trees(step.trees, step.first_logit, sampled_draw)
+                logprobs = stack_logprobs(sampled_draw.logprobs)
             self._observe(step)
             return SamplerOutput(
-                sampled_token_ids=step.walk.padded_tokens(),
-                logprobs_tensors=stack_logprobs(step.walk.logprobs),
+                sampled_token_ids=step.walk.padded_tokens(), logprobs_tensors=logprobs
             )
-
-    def _walk(self, logits: Tensor, step: _Step) -> BatchWalk:
-        metadata = self.input_batch.sampling_metadata
-        if self._all_plain_greedy(metadata):
-            argmax = self.sampler.greedy_sample(logits.to(torch.float32)).tolist()
-            return walk_argmax(argmax, step.first_logit, step.trees)
-        return walk_by_level(
-            logits,
-            step.first_logit,
-            step.trees,
-            self.sampler,
-            metadata,
-            self.input_batch.req_output_token_ids,
-        )
 
     def _all_plain_greedy(self, metadata: Any) -> bool:
         """Whether every request takes the plain argmax, nothing masked, penalised or recorded."""
@@ -293,7 +293,8 @@ class TreeRunnerMixin:
                 drafting.append(i)
                 rows.append(step.first_logit[i] + (path[-1] if path else 0))
                 known.append(tokens[-1])
-        if not drafting:
+        most_nodes = self._options.nodes_for(len(req_ids))
+        if not drafting or not most_nodes:
             return drafts
         with self.redrafter_stats.timed("draft"):
             trees = self._draft_trees(drafting, sample_hidden_states[rows], known)
@@ -302,6 +303,7 @@ class TreeRunnerMixin:
                 # A grammar advances along one sequence of tokens.
                 self.redrafter_stats.fall_back("structured output (chain)")
                 tree = tree.first(tree.chain_length)
+            tree = tree.first(most_nodes)
             self._trees[req_ids[i]] = tree
             drafts[i] = tree.tokens
         return drafts

@@ -9,7 +9,7 @@ exactly as without drafting, and an unseeded one follows the same law.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,9 @@ from vllm_redrafter.engine.v1.request_tree import RequestTree
 # What RejectionSampler.parse_output of vLLM drops.
 PLACEHOLDER = -1
 
+# (batch rows that still walk, their logits rows) -> the target's token for each of them.
+Draw = Callable[[list[int], list[int]], list[int]]
+
 
 @dataclass
 class BatchWalk:
@@ -29,12 +32,10 @@ class BatchWalk:
     Attributes:
         tokens: emitted tokens per request: the accepted ones, then the target's next token.
         paths: accepted nodes per request, in order (1-based; the root is not among them).
-        logprobs: one LogprobsTensors per depth, rows by request; empty if none were asked for.
     """
 
     tokens: list[list[int]]
     paths: list[list[int]]
-    logprobs: list[Any]
 
     def padded_tokens(self) -> Tensor:
         """``[B, deepest]`` int32, padded with PLACEHOLDER."""
@@ -43,121 +44,138 @@ class BatchWalk:
         return torch.tensor(rows, dtype=torch.int32)
 
 
-def walk_argmax(
-    argmax: Sequence[int], first_row: Sequence[int], trees: Sequence[RequestTree | None]
+def walk_trees(
+    trees: Sequence[RequestTree | None], first_row: Sequence[int], draw: Draw
 ) -> BatchWalk:
-    """The walk when every request takes the plain argmax of its logits.
+    """Walk all requests together, one draw per depth.
 
     Args:
-        argmax: the target's token at every logits row.
-        first_row: logits row of each request's root; node k is k rows behind it.
         trees: one per request, None where nothing was drafted.
-    """
-    tokens, paths = [], []
-    for start, tree in zip(first_row, trees, strict=True):
-        token = argmax[start]
-        emitted, path = [token], []
-        node = tree.child(0, token) if tree else None
-        while node is not None:
-            path.append(node)
-            token = argmax[start + node]
-            emitted.append(token)
-            node = tree.child(node, token)  # type: ignore[union-attr]
-        tokens.append(emitted)
-        paths.append(path)
-    return BatchWalk(tokens, paths, [])
-
-
-def walk_by_level(
-    logits: Tensor,
-    first_row: Sequence[int],
-    trees: Sequence[RequestTree | None],
-    sampler: Any,
-    metadata: Any,
-    output_token_ids: list[list[int]],
-) -> BatchWalk:
-    """The walk with any sampling parameters: one call of the stock sampler per depth.
-
-    Args:
-        logits: ``[rows, vocab]``, grammar masks applied; not modified.
-        first_row, trees: see ``walk_argmax``.
-        sampler: vLLM's ``Sampler``.
-        metadata: its ``SamplingMetadata`` for the batch.
-        output_token_ids: the live output lists of the requests. Penalties, bad words and
-            min_tokens read them, so accepted tokens are appended while walking and taken off again
-            before returning (vLLM appends them itself later).
+        first_row: logits row of each request's root; node k is k rows behind it.
+        draw: the target's tokens; only rows on a path are ever asked for.
     """
     batch = len(trees)
-    first = torch.tensor(first_row, device=logits.device)
+    walk = BatchWalk([[] for _ in range(batch)], [[] for _ in range(batch)])
     nodes = [0] * batch
     walking = list(range(batch))
-    walk = BatchWalk([[] for _ in range(batch)], [[] for _ in range(batch)], [])
-    lengths = [len(ids) for ids in output_token_ids]
-    try:
-        while walking:
-            rows = first + torch.tensor(nodes, device=logits.device)
-            output = sampler(
-                logits=logits[rows],
-                sampling_metadata=_restricted(metadata, walking, deeper=bool(walk.tokens[walking[0]])),
-            )
-            if output.logprobs_tensors is not None:
-                walk.logprobs.append(output.logprobs_tensors)
-            sampled = output.sampled_token_ids[:, 0].tolist()
-            still_walking = []
-            for i in walking:
-                token = sampled[i]
-                walk.tokens[i].append(token)
-                tree = trees[i]
-                child = tree.child(nodes[i], token) if tree is not None else None
-                if child is not None:
-                    walk.paths[i].append(child)
-                    nodes[i] = child
-                    output_token_ids[i].append(token)
-                    still_walking.append(i)
-            walking = still_walking
-            if walking:
-                _refresh_processors(metadata)
-    finally:
-        for ids, length in zip(output_token_ids, lengths, strict=True):
-            del ids[length:]
+    while walking:
+        drawn = draw(walking, [first_row[i] + nodes[i] for i in walking])
+        still_walking = []
+        for i, token in zip(walking, drawn, strict=True):
+            walk.tokens[i].append(token)
+            tree = trees[i]
+            child = tree.child(nodes[i], token) if tree is not None else None
+            if child is not None:
+                walk.paths[i].append(child)
+                nodes[i] = child
+                still_walking.append(i)
+        walking = still_walking
     return walk
 
 
-def _restricted(metadata: Any, walking: list[int], deeper: bool) -> Any:
-    """``metadata`` for the requests that still walk.
+class GreedyDraw:
+    """The plain argmax of every row, with vLLM's own kernel and so its own rule for ties.
 
-    The others' rows are computed and thrown away, but must not draw from their generators: a
-    seeded request draws once per emitted token.
+    Args:
+        logits: ``[rows, vocab]``.
+        sampler: vLLM's ``Sampler``.
     """
-    if not deeper:
-        return metadata
-    return replace(
-        metadata,
-        generators={i: metadata.generators[i] for i in walking if i in metadata.generators},
-        # Requests with a thinking budget get no draft and so never walk this far.
-        thinking_budget_state_holder=None,
-    )
+
+    def __init__(self, logits: Tensor, sampler: Any) -> None:
+        self._logits = logits
+        self._sampler = sampler
+
+    def __call__(self, walking: list[int], rows: list[int]) -> list[int]:
+        picked = self._logits[rows].to(torch.float32)
+        return self._sampler.greedy_sample(picked).tolist()
 
 
-def _refresh_processors(metadata: Any) -> None:
-    """Let processors that count output tokens (min_tokens) see the tokens accepted so far."""
-    for processor in metadata.logitsprocs.non_argmax_invariant:
-        processor.update_state(None)
+class SampledDraw:
+    """The stock sampler with any sampling parameters; a context manager.
+
+    Penalties, bad words and min_tokens read the live output lists of the requests, so the tokens
+    of a walk are appended to them as it goes and taken off again at the end (vLLM appends them
+    itself later).
+
+    Args:
+        logits: ``[rows, vocab]``, grammar masks applied; not modified.
+        sampler: vLLM's ``Sampler``.
+        metadata: its ``SamplingMetadata`` for the batch.
+        output_token_ids: the live output list of each request.
+
+    Attributes:
+        logprobs: one LogprobsTensors per depth, a row per request; empty if none were asked for.
+    """
+
+    def __init__(
+        self, logits: Tensor, sampler: Any, metadata: Any, output_token_ids: list[list[int]]
+    ) -> None:
+        self._logits = logits
+        self._sampler = sampler
+        self._metadata = metadata
+        self._outputs = output_token_ids
+        self._lengths = [len(ids) for ids in output_token_ids]
+        self._rows: list[int] = []
+        self._last: dict[int, int] = {}
+        self.logprobs: list[Any] = []
+
+    def __enter__(self) -> SampledDraw:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for ids, length in zip(self._outputs, self._lengths, strict=True):
+            del ids[length:]
+
+    def __call__(self, walking: list[int], rows: list[int]) -> list[int]:
+        metadata = self._metadata
+        if self._rows:
+            self._accept_last(walking)
+            metadata = self._restricted(walking)
+        else:
+            # The first draw is for every request, in batch order.
+            self._rows = list(rows)
+        for i, row in zip(walking, rows, strict=True):
+            self._rows[i] = row
+        output = self._sampler(logits=self._logits[self._rows], sampling_metadata=metadata)
+        if output.logprobs_tensors is not None:
+            self.logprobs.append(output.logprobs_tensors)
+        sampled = output.sampled_token_ids[:, 0].tolist()
+        self._last = {i: sampled[i] for i in walking}
+        return [sampled[i] for i in walking]
+
+    def _accept_last(self, walking: list[int]) -> None:
+        """Requests that walk on accepted their last token: processors must count it."""
+        for i in walking:
+            self._outputs[i].append(self._last[i])
+        for processor in self._metadata.logitsprocs.non_argmax_invariant:
+            processor.update_state(None)
+
+    def _restricted(self, walking: list[int]) -> Any:
+        """The metadata without the generators of requests whose walk has ended.
+
+        Their rows are computed and thrown away, but a seeded request must draw once per emitted
+        token and not once more.
+        """
+        generators = self._metadata.generators
+        return replace(
+            self._metadata,
+            generators={i: generators[i] for i in walking if i in generators},
+            # Requests with a thinking budget get no draft and so never walk this far.
+            thinking_budget_state_holder=None,
+        )
 
 
 def stack_logprobs(levels: list[Any]) -> Any | None:
     """Per-depth LogprobsTensors of a batch as one, request by request, as parse_output reads it.
 
     Args:
-        levels: D tensors triples with B rows each.
+        levels: D triples of tensors with B rows each.
 
     Returns:
         one triple with B x D rows (request-major), or None if there are no levels.
     """
-    if not levels:
-        return None
-    if len(levels) == 1:
-        return levels[0]
+    if len(levels) <= 1:
+        return levels[0] if levels else None
     fields = ("logprob_token_ids", "logprobs", "selected_token_ranks")
     stacked = [
         torch.stack([getattr(level, name) for level in levels], dim=1).flatten(0, 1)
