@@ -109,7 +109,7 @@ def beam_search(
     token: Tensor,
     beam_width: int,
     draft_length: int,
-    top_k: int = 0,
+    top_k: int | None = None,
 ) -> Beams:
     """Draft ``draft_length`` tokens with ``beam_width`` beams for every request of a batch.
 
@@ -126,7 +126,8 @@ def beam_search(
         beam_width: W >= 1; may exceed the draft vocabulary (fillers then have scores near
             ``FILLER_SCORE``).
         draft_length: L >= 1 drafted tokens, never counting ``token``.
-        top_k: renormalise every row over its k largest logits first; 0 is off, Apple uses 50.
+        top_k: renormalise every row over its k largest logits first; 0 is off, None is the
+            drafter's own default (50 for Apple's checkpoints, else what its config says, else 0).
 
     Returns:
         Beams.
@@ -134,6 +135,8 @@ def beam_search(
     Raises:
         ValueError: ``beam_width`` or ``draft_length`` below 1, or ``top_k`` below 0.
     """
+    if top_k is None:
+        top_k = drafter.config.defaults.get("top_k", 0)
     if beam_width < 1 or draft_length < 1 or top_k < 0:
         raise ValueError(
             f"beam_width {beam_width} and draft_length {draft_length} must be at least 1, and "

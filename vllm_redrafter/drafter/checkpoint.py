@@ -55,8 +55,30 @@ def load_drafter(
         DrafterError: with one sentence that names the value and the cure.
     """
     directory = Path(directory)
-    config = load_config(directory)
-    tensors = _read_tensors(directory)
+    return build_drafter(
+        load_config(directory),
+        _read_tensors(directory),
+        directory,
+        embedding=embedding,
+        lm_head=lm_head,
+        dtype=dtype,
+    )
+
+
+def build_drafter(
+    config: DrafterConfig,
+    tensors: dict[str, Tensor],
+    directory: Path,
+    *,
+    embedding: Tensor | None = None,
+    lm_head: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Drafter:
+    """``load_drafter`` of what was read already; ``directory`` goes into the messages.
+
+    Args:
+        tensors: by Apple's names, ``draft_vocab`` among them where there is one; emptied.
+    """
     config = _with_rnn_from_tensors(config, tensors, directory)
     draft_vocab = _take_draft_vocab(config, tensors, directory)
     check_target_tables(config, embedding, lm_head, directory)
@@ -177,7 +199,7 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
                 f"'{directory}' holds {pickles[0]} but no safetensors; pickled weights are not "
                 f"loaded: run `vllm-redrafter convert {directory} OUT` and use OUT."
             )
-        raise DrafterError(f"'{directory}' has no {WEIGHTS_NAME}; the weights are missing.")
+        raise DrafterError(f"'{directory}' has no {WEIGHTS_NAME}; put the drafter's weights there.")
     tensors: dict[str, Tensor] = {}
     for path in files:
         try:
@@ -226,23 +248,33 @@ def _take_draft_vocab(
         if config.has_draft_vocab:
             raise DrafterError(
                 f"'{directory}': config.json says draft_vocab_size {config.draft_vocab_size} of "
-                f"{config.vocab_size}, but there is no tensor '{DRAFT_VOCAB}'."
+                f"{config.vocab_size}, but there is no tensor '{DRAFT_VOCAB}' of as many token ids; "
+                "add it to the safetensors file."
             )
         return None
+    if vocab.is_floating_point() or vocab.is_complex() or vocab.dtype == torch.bool:
+        raise DrafterError(
+            f"'{directory}': {DRAFT_VOCAB} is {vocab.dtype}; token ids must be stored as integers."
+        )
     vocab = vocab.to(torch.int64)
     if vocab.shape != (config.draft_vocab_size,):
         raise DrafterError(
-            f"'{directory}': {DRAFT_VOCAB} has shape {tuple(vocab.shape)}, but config.json says "
-            f"draft_vocab_size {config.draft_vocab_size}."
+            f"'{directory}': {DRAFT_VOCAB} has shape {list(vocab.shape)}, but config.json says "
+            f"draft_vocab_size {config.draft_vocab_size}: make them agree."
         )
     if vocab.min() < 0 or vocab.max() >= config.vocab_size:
         raise DrafterError(
             f"'{directory}': {DRAFT_VOCAB} holds ids from {int(vocab.min())} to "
-            f"{int(vocab.max())}, outside the vocabulary of {config.vocab_size}."
+            f"{int(vocab.max())}; every id must be from 0 to {config.vocab_size - 1}, as vocab_size "
+            f"is {config.vocab_size}."
         )
     # Siblings of one node must hold distinct tokens, or a walk would be ambiguous.
-    if vocab.unique().numel() != vocab.numel():
-        raise DrafterError(f"'{directory}': {DRAFT_VOCAB} holds an id twice; ids must differ.")
+    ids, counts = vocab.unique(return_counts=True)
+    if ids.numel() != vocab.numel():
+        raise DrafterError(
+            f"'{directory}': {DRAFT_VOCAB} holds the id {int(ids[counts > 1][0])} more than once; "
+            "all ids must differ."
+        )
     return vocab
 
 
@@ -261,10 +293,12 @@ def _check_tensors(config: DrafterConfig, tensors: dict[str, Tensor], directory:
         if tuple(tensors[name].shape) != shape:
             raise DrafterError(
                 f"'{directory}': {name} has shape {list(tensors[name].shape)}, but config.json "
-                f"asks for {list(shape)}."
+                f"asks for {list(shape)}: the config and the weights do not belong together."
             )
         if not tensors[name].dtype.is_floating_point:
-            raise DrafterError(f"'{directory}': {name} is {tensors[name].dtype}, not floating.")
+            raise DrafterError(
+                f"'{directory}': {name} is {tensors[name].dtype}; weights must be stored as floats."
+            )
 
 
 __all__ = [

@@ -109,7 +109,10 @@ def load_config(directory: str | Path) -> DrafterConfig:
         )
     path = directory / "config.json"
     if not path.is_file():
-        raise DrafterError(f"'{directory}' has no config.json, so it is not a drafter directory.")
+        raise DrafterError(
+            f"'{directory}' has no config.json; give the directory of a drafter, which holds "
+            "config.json and model.safetensors."
+        )
     return parse_config(read_json(path), where=str(path))
 
 
@@ -119,7 +122,8 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> DrafterConf
     if model_type not in MODEL_TYPES:
         raise DrafterError(
             f"{where} has model_type {model_type!r}; a ReDrafter checkpoint has "
-            f"{' or '.join(repr(name) for name in MODEL_TYPES)}."
+            f"{' or '.join(repr(name) for name in MODEL_TYPES)}: give a drafter's directory, not a "
+            "target's."
         )
     sizes = {
         name: _integer(raw, name, where, minimum=0 if name == "num_draft_layers" else 1)

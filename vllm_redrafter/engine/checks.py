@@ -97,6 +97,11 @@ def check_engine_config(config: Any, options: ReDrafterOptions, drafter: Drafter
             f"target '{model.model}' has {hidden_size}: use a drafter that was trained for this "
             "target."
         )
+    if options.beam_width > drafter.draft_vocab_size:
+        raise OptionError(
+            f"beam_width is {options.beam_width}, but the drafter chooses among "
+            f"{drafter.draft_vocab_size} tokens only; it must not be larger than that."
+        )
     check_files(options.model, drafter)
 
 
@@ -133,27 +138,48 @@ def _check_model(model: Any) -> None:
 
 def _check_budget(config: Any, options: ReDrafterOptions) -> None:
     nodes = options.num_speculative_tokens
-    budget = config.scheduler_config.max_num_batched_tokens
+    scheduler = config.scheduler_config
+    name, budget = "max_num_batched_tokens", scheduler.max_num_batched_tokens
+    if scheduler.max_num_scheduled_tokens is not None and (
+        scheduler.max_num_scheduled_tokens < budget
+    ):
+        name, budget = "max_num_scheduled_tokens", scheduler.max_num_scheduled_tokens
     # A request with exactly one uncached token is padded to 1 + N rows by vLLM's scheduler, and
     # with a smaller budget it would never be scheduled at all.
     if budget < 1 + nodes:
         raise OptionError(
-            f"num_speculative_tokens {nodes} needs max_num_batched_tokens of at least {1 + nodes}, "
-            f"but it is {budget}; raise it or draft fewer tokens."
+            f"num_speculative_tokens {nodes} needs {name} of at least {1 + nodes}, but {name} is "
+            f"{budget}; raise it or set a smaller num_speculative_tokens."
         )
-    if config.model_config.max_model_len < 2 + nodes:
+    longest = config.model_config.max_model_len
+    if longest < 2 + nodes:
         raise OptionError(
-            f"num_speculative_tokens {nodes} needs max_model_len of at least {2 + nodes}, but it "
-            f"is {config.model_config.max_model_len}; raise it or draft fewer tokens."
+            f"num_speculative_tokens {nodes} needs max_model_len of at least {2 + nodes}, but "
+            f"max_model_len is {longest}; raise it or set a smaller num_speculative_tokens."
+        )
+    if options.draft_length >= longest:
+        raise OptionError(
+            f"draft_length is {options.draft_length}, but max_model_len is {longest}; draft fewer "
+            "tokens than that."
         )
 
 
-def check_layers(layers: dict[str, Any]) -> None:
-    """Refuse attention layers that the tree attention does not compute; see engine/v1/runner."""
+def check_layers(layers: dict[str, Any], supported: tuple[type, ...]) -> None:
+    """Refuse attention layers that our tree attention does not compute.
+
+    Args:
+        layers: attention layers of one KV cache group, by name.
+        supported: the backend implementations whose cache we can read.
+
+    Raises:
+        UnsupportedError: another implementation, or a feature of it that we lack.
+    """
     for name, layer in layers.items():
-        impl = layer.impl
+        impl = getattr(layer, "impl", None)
         reason = None
-        if getattr(impl, "sliding_window", -1) not in (None, -1, (-1, -1)):
+        if type(impl) not in supported:
+            reason = f"the attention implementation {type(impl).__name__}"
+        elif getattr(impl, "sliding_window", -1) not in (None, -1, (-1, -1)):
             reason = f"a sliding window of {impl.sliding_window}"
         elif getattr(impl, "alibi_slopes", None) is not None:
             reason = "ALiBi"

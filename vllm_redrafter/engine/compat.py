@@ -61,6 +61,7 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook("vllm.v1.worker.cpu_worker:CPUWorker.init_device", "overridden: names our runner"),
     Hook("vllm.v1.worker.cpu_worker:CPUModelRunner", "module global replaced during init_device"),
+    Hook("vllm.v1.worker.cpu_model_runner:CPUModelRunner", "the base class of our runner"),
     Hook(
         f"{RUNNER}._prepare_inputs",
         "overridden: positions by depth",
@@ -161,6 +162,11 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding",
         "finds the target's input embedding table",
     ),
+    Hook(
+        "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead",
+        "finds the target's output head",
+    ),
+    Hook("vllm.platforms:current_platform.is_cpu", "refuses other platforms"),
 )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,11 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def asked_for_redrafter(engine_args: Any) -> dict[str, Any] | None:
     """The user's speculative_config, if it asks for ReDrafter by method or by directory."""
-    config = dict(engine_args.speculative_config or {})
-    config = {key.replace("-", "_"): value for key, value in config.items()}
+    given = engine_args.speculative_config or {}
+    if not isinstance(given, Mapping):
+        return None
+    config = {str(key).replace("-", "_"): value for key, value in given.items()}
+    given_twice = None
     for field, key in (
         ("spec_method", "method"),
         ("spec_model", "model"),
@@ -70,13 +73,17 @@ def asked_for_redrafter(engine_args: Any) -> dict[str, Any] | None:
     ):
         value = getattr(engine_args, field, None)
         if value is not None:
+            if key in config:
+                given_twice = f"{field} and speculative_config's {key!r}"
             config.setdefault(key, value)
     method, model = config.get("method"), config.get("model")
-    if method == METHOD:
-        return config
-    if method is None and model and model_type_of(str(model)) in MODEL_TYPES:
-        return config
-    return None
+    if method != METHOD and (
+        method is not None or not model or model_type_of(str(model)) not in MODEL_TYPES
+    ):
+        return None
+    if given_twice:
+        raise OptionError(f"{given_twice} say the same thing; give only one of them.")
+    return config
 
 
 def read_options(asked: dict[str, Any]) -> tuple[Any, Any]:

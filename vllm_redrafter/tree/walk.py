@@ -65,7 +65,7 @@ def walk_greedy(tree: Tree, target_tokens: Tensor) -> Walk:
 
 
 def walk_one(tokens: list[int], parents: list[int], target_tokens: list[int]) -> list[int]:
-    """The accepted nodes of one tree, from lists; because parents come first, one pass is enough."""
+    """The accepted nodes of one tree, from lists; parents come first, so one pass is enough."""
     path: list[int] = []
     at = 0
     for node in range(1, len(tokens)):

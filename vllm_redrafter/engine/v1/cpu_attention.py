@@ -88,7 +88,11 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         return output
 
 
+# Exactly these: a subclass that we do not know may keep its cache differently.
+ADOPTABLE = (CPUAttentionBackendImpl, TreeCPUAttentionImpl)
+
+
 def adopt(layer: torch.nn.Module, layout: KVLayout) -> None:
-    """Give ``layer`` our attention; its backend must be exactly vLLM's CPU_ATTN."""
+    """Give ``layer`` our attention; the class of its ``impl`` must be in ADOPTABLE."""
     layer.impl.__class__ = TreeCPUAttentionImpl
     layer.impl.redrafter_layout = layout

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_redrafter.ops.kv_layout import tag
+
 # Integers up to 256 are exact in every floating type that a cache may have.
 _DIGIT = 256
 
@@ -23,7 +25,8 @@ class KVLayout:
 
     Attributes:
         key_map: int32 ``[block_size * head_dim]``; element d of token t lies at offset
-            ``key_map[t * head_dim + d]`` of the region's first half.
+            ``key_map[t * head_dim + d]`` of the region's first half. Tagged for the compiled
+            operators, see ``vllm_redrafter.ops.kv_layout``.
         value_map: the same for V and the second half.
     """
 
@@ -69,7 +72,10 @@ def probe_layout(layer: torch.nn.Module, kv_cache: Tensor) -> KVLayout:
         found_key += key[1, 0].flatten().long() * scale
         found_value += value[1, 0].flatten().long() * scale
         scale *= _DIGIT
-    return KVLayout(_inverse(found_key), _inverse(found_value))
+    return KVLayout(
+        tag(_inverse(found_key), block_size, head_dim),
+        tag(_inverse(found_value), block_size, head_dim),
+    )
 
 
 def _inverse(element_at: Tensor) -> Tensor:

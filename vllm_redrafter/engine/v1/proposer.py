@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_redrafter.drafter.beam_search import Beams
 from vllm_redrafter.drafter.checkpoint import load_drafter
 from vllm_redrafter.drafter.config import DrafterError
 from vllm_redrafter.engine.engine_args import options_of
@@ -42,23 +43,28 @@ class ReDrafterProposer:
         """vLLM demands this name; its arguments lack the hidden states, so it drafts nothing."""
         raise RuntimeError("ReDrafter drafts through its own runner; this call is a bug.")
 
-    def draft(self, context: Tensor, tokens: Sequence[int]) -> list[RequestTree]:
-        """Draft one tree per request.
+    def draft(self, context: Tensor, tokens: Sequence[int]) -> Beams:
+        """Draft for a batch.
 
         Args:
             context: ``[B, H]``, hidden states that predicted ``tokens``.
             tokens: B known tokens.
         """
-        beams = self._draft(context, torch.tensor(tokens, dtype=torch.int64))
+        return self._draft(context, torch.tensor(tokens, dtype=torch.int64))
+
+    def trees(self, beams: Beams) -> list[RequestTree]:
+        """One tree per request, by the rule and node count of the options."""
         tree, masks = build_tree(beams, self.options.tree, self.options.num_speculative_tokens)
-        masks_np = masks.numpy()
-        rows = zip(
-            tree.num_nodes.tolist(), tree.tokens.tolist(), tree.parents.tolist(),
-            tree.depths.numpy(), masks_np, strict=True,
-        )  # fmt: skip
         return [
-            RequestTree(tokens[1:n], parents[1:n], depths[1:n], mask[:n])
-            for n, tokens, parents, depths, mask in rows
+            RequestTree(tokens[1:count], parents[1:count], depths[1:count], mask[:count])
+            for count, tokens, parents, depths, mask in zip(
+                tree.num_nodes.tolist(),
+                tree.tokens.tolist(),
+                tree.parents.tolist(),
+                tree.depths.numpy(),
+                masks.numpy(),
+                strict=True,
+            )
         ]
 
 

@@ -19,7 +19,7 @@ from vllm.v1.outputs import SamplerOutput
 from vllm_redrafter.engine.checks import check_layers
 from vllm_redrafter.engine.engine_args import options_of
 from vllm_redrafter.engine.metrics import ReDrafterStats
-from vllm_redrafter.engine.v1.cpu_attention import STEP_ATTRIBUTE, TreeStep, adopt
+from vllm_redrafter.engine.v1.cpu_attention import ADOPTABLE, STEP_ATTRIBUTE, TreeStep, adopt
 from vllm_redrafter.engine.v1.kv_layout import probe_layout, split_cache
 from vllm_redrafter.engine.v1.request_tree import RequestTree, chain, chain_masks, mask_words
 from vllm_redrafter.engine.v1.walk import (
@@ -87,7 +87,7 @@ class TreeRunnerMixin:
         self._movers = []
         for group in self.kv_cache_config.kv_cache_groups:
             members = {name: layers[name] for name in group.layer_names}
-            check_layers(members)
+            check_layers(members, ADOPTABLE)
             first = next(iter(members.values()))
             layout = probe_layout(first, first.kv_cache)
             for layer in members.values():
@@ -296,8 +296,7 @@ class TreeRunnerMixin:
         most_nodes = self._options.nodes_for(len(req_ids))
         if not drafting or not most_nodes:
             return drafts
-        with self.redrafter_stats.timed("draft"):
-            trees = self._draft_trees(drafting, sample_hidden_states[rows], known)
+        trees = self._draft_trees(drafting, sample_hidden_states[rows], known)
         for i, tree in zip(drafting, trees, strict=True):
             if self.requests[req_ids[i]].sampling_params.structured_outputs is not None:
                 # A grammar advances along one sequence of tokens.
@@ -312,7 +311,10 @@ class TreeRunnerMixin:
         self, drafting: list[int], context: Tensor, known: list[int]
     ) -> list[RequestTree]:
         """One tree for each batch row in ``drafting``; tests put an oracle here."""
-        return self.drafter.draft(context, known)
+        with self.redrafter_stats.timed("draft"):
+            beams = self.drafter.draft(context, known)
+        with self.redrafter_stats.timed("tree"):
+            return self.drafter.trees(beams)
 
     def _may_draft(self, req_id: str) -> bool:
         """False for requests that end with the next token, or for which drafting is unproven."""

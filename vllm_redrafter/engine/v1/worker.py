@@ -28,5 +28,14 @@ class ReDrafterCPUWorker(cpu_worker.CPUWorker):
             cpu_worker.CPUModelRunner = stock  # type: ignore[misc]
 
     def redrafter_stats(self) -> dict[str, Any]:
-        """Counters since start; ``LLM.collective_rpc("redrafter_stats")`` calls this."""
-        return self.model_runner.redrafter_stats.summary()
+        """Counters since start; ``LLM.collective_rpc("redrafter_stats")`` calls this.
+
+        ``remembered_trees`` and ``remembered_requests`` are what the worker holds at this moment:
+        0 when no request is left.
+        """
+        runner = self.model_runner
+        return {
+            **runner.redrafter_stats.summary(),
+            "remembered_trees": len(runner._trees),
+            "remembered_requests": len(runner.requests),
+        }

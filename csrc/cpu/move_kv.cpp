@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// redrafter::move_kv on the CPU: tokens of a paged cache copied from slot to slot, in all layers.
+#include <torch/csrc/stable/library.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/check.h"
+#include "common/threads.h"
+#include "scratch.h"
+
+namespace redrafter {
+namespace {
+
+// One row of the table that MoveKV prepares; addresses and strides in bytes.
+struct Cache {
+  int64_t key, value;
+  int64_t key_block, key_head;
+  int64_t value_block, value_head;
+  int64_t kv_heads, blocks;
+};
+constexpr int64_t kColumns = sizeof(Cache) / sizeof(int64_t);
+
+struct Moves {
+  const int64_t* src;
+  const int64_t* dst;
+  int64_t count;
+  int64_t block_size, head_dim;
+};
+
+// K or V of one head. Every row is read before any is written: along an accepted path the slot that
+// one row goes to may be the slot that another comes from.
+template <class Element>
+void move_rows(char* cache, int64_t block_stride, const int32_t* map, const Moves& moves,
+               Element* rows) {
+  const int64_t dim = moves.head_dim;
+  for (int64_t i = 0; i < moves.count; ++i) {
+    const int64_t block = moves.src[i] / moves.block_size, token = moves.src[i] % moves.block_size;
+    const Element* region = reinterpret_cast<const Element*>(cache + block * block_stride);
+    const int32_t* at = map + token * dim;
+    for (int64_t d = 0; d < dim; ++d) rows[i * dim + d] = region[at[d]];
+  }
+  for (int64_t i = 0; i < moves.count; ++i) {
+    const int64_t block = moves.dst[i] / moves.block_size, token = moves.dst[i] % moves.block_size;
+    Element* region = reinterpret_cast<Element*>(cache + block * block_stride);
+    const int32_t* at = map + token * dim;
+    for (int64_t d = 0; d < dim; ++d) region[at[d]] = rows[i * dim + d];
+  }
+}
+
+template <class Element>
+void move_all(const Cache* caches, int64_t layers, const int32_t* key_map,
+              const int32_t* value_map, const Moves& moves) {
+  const std::size_t bytes = (moves.count * moves.head_dim * sizeof(Element) + 63) / 64 * 64;
+  const int threads = omp_in_parallel() || layers < 2 ? 1 : omp_get_max_threads();
+  char* memory = scratch_memory(bytes * threads);
+  REDRAFTER_OMP(parallel num_threads(threads) if(threads > 1)) {
+    Element* rows = reinterpret_cast<Element*>(memory + bytes * omp_get_thread_num());
+    for (int64_t l = omp_get_thread_num(); l < layers; l += omp_get_num_threads()) {
+      const Cache& cache = caches[l];
+      for (int64_t head = 0; head < cache.kv_heads; ++head) {
+        move_rows(reinterpret_cast<char*>(cache.key) + head * cache.key_head, cache.key_block,
+                  key_map, moves, rows);
+        move_rows(reinterpret_cast<char*>(cache.value) + head * cache.value_head,
+                  cache.value_block, value_map, moves, rows);
+      }
+    }
+  }
+}
+
+void move_kv_cpu(const Tensor& caches, const Tensor& key_map, const Tensor& value_map,
+                 const Tensor& src_slots, const Tensor& dst_slots, int64_t block_size,
+                 int64_t head_dim, int64_t element_size) {
+  check_dtype(caches, ScalarType::Long, "caches");
+  check_dims(caches, 2, "caches");
+  check_dims(src_slots, 1, "src_slots");
+  STD_TORCH_CHECK(caches.size(1) == kColumns && caches.is_contiguous(),
+                  "caches must be a contiguous table of ", kColumns, " columns.");
+  STD_TORCH_CHECK(block_size > 0 && head_dim > 0, "block_size ", block_size, " and head_dim ",
+                  head_dim, " must be positive.");
+  const int64_t layers = caches.size(0);
+  const Cache* table = static_cast<const Cache*>(caches.const_data_ptr());
+  Moves moves;
+  moves.count = src_slots.size(0);
+  moves.src = vector_data<int64_t>(src_slots, ScalarType::Long, moves.count, "src_slots");
+  moves.dst = vector_data<int64_t>(dst_slots, ScalarType::Long, moves.count, "dst_slots");
+  moves.block_size = block_size;
+  moves.head_dim = head_dim;
+  const int64_t entries = block_size * head_dim;
+  const int32_t* maps[2];
+  for (int i = 0; i < 2; ++i) {
+    const Tensor& map = i == 0 ? key_map : value_map;
+    const char* name = i == 0 ? "key_map" : "value_map";
+    check_dims(map, 1, name);
+    const int64_t tag = map.size(0) == entries + 1 ? 1 : 0;  // see ops/kv_layout.py
+    maps[i] = vector_data<int32_t>(map, ScalarType::Int, entries + tag, name);
+  }
+  for (int64_t l = 0; l < layers; ++l) {
+    const int64_t slots = table[l].blocks * block_size;
+    for (int64_t i = 0; i < moves.count; ++i) {
+      STD_TORCH_CHECK(
+          moves.src[i] >= 0 && moves.src[i] < slots && moves.dst[i] >= 0 && moves.dst[i] < slots,
+          "move ", i, " goes from slot ", moves.src[i], " to ", moves.dst[i],
+          "; the cache has slots 0 to ", slots - 1, ".");
+    }
+  }
+  if (moves.count == 0) return;
+  switch (element_size) {
+    case 1:
+      return move_all<uint8_t>(table, layers, maps[0], maps[1], moves);
+    case 2:
+      return move_all<uint16_t>(table, layers, maps[0], maps[1], moves);
+    case 4:
+      return move_all<uint32_t>(table, layers, maps[0], maps[1], moves);
+    default:
+      STD_TORCH_CHECK(false, "element_size is ", element_size, "; it must be 1, 2 or 4.");
+  }
+}
+
+}  // namespace
+}  // namespace redrafter
+
+STABLE_TORCH_LIBRARY_IMPL(redrafter, CPU, m) {
+  m.impl("move_kv", TORCH_BOX(&redrafter::move_kv_cpu));
+}

@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+// Argument checks of redrafter::tree_attention on the CPU; the work is in tree_attention_kernel.cpp.
+#include "tree_attention_kernel.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "common/check.h"
+#include "scratch.h"
+
+namespace redrafter {
+namespace {
+
+bool is_token_major(const int32_t* map, int block_size, int head_dim) {
+  for (int t = 0; t < block_size; ++t) {
+    int wrong = 0;
+    for (int d = 0; d < head_dim; ++d) wrong |= map[t * head_dim + d] ^ (t * head_dim + d);
+    if (wrong) return false;
+  }
+  return true;
+}
+
+bool is_token_minor(const int32_t* map, int block_size, int head_dim) {
+  for (int t = 0; t < block_size; ++t) {
+    int wrong = 0;
+    for (int d = 0; d < head_dim; ++d) wrong |= map[t * head_dim + d] ^ (d * block_size + t);
+    if (wrong) return false;
+  }
+  return true;
+}
+
+// pair_of_tokens: two tokens of one feature lie side by side; else two features of one token.
+bool is_pairs(const int32_t* map, int block_size, int head_dim, bool pair_of_tokens) {
+  if (block_size % 16 != 0) return false;
+  for (int t = 0; t < block_size; ++t) {
+    int wrong = 0;
+    for (int d = 0; d < head_dim; ++d) {
+      const int at = pair_of_tokens
+                         ? d / 16 * (block_size * 16) + t / 2 * 32 + d % 16 * 2 + t % 2
+                         : t / 16 * (head_dim * 16) + d / 2 * 32 + t % 16 * 2 + d % 2;
+      wrong |= map[t * head_dim + d] ^ at;
+    }
+    if (wrong) return false;
+  }
+  return true;
+}
+
+KvLayout recognise(const int32_t* map, int block_size, int head_dim) {
+  if (is_token_major(map, block_size, head_dim)) return KvLayout::kTokenMajor;
+  if (is_token_minor(map, block_size, head_dim)) return KvLayout::kTokenMinor;
+  if (is_pairs(map, block_size, head_dim, false)) return KvLayout::kKeyPairs;
+  if (is_pairs(map, block_size, head_dim, true)) return KvLayout::kValuePairs;
+  return KvLayout::kMapped;
+}
+
+// A map may end with one more entry, what `recognise` said of it (ops/kv_layout.py puts it there):
+// reading a whole map at every call costs more than a microsecond.
+KvLayout layout_of(const Tensor& map, int64_t block_size, int64_t head_dim, const char* name,
+                   const int32_t** data) {
+  const int64_t entries = block_size * head_dim;
+  const bool tagged = map.dim() == 1 && map.size(0) == entries + 1;
+  *data = vector_data<int32_t>(map, ScalarType::Int, entries + (tagged ? 1 : 0), name);
+  if (tagged) return static_cast<KvLayout>((*data)[entries]);
+  return recognise(*data, static_cast<int>(block_size), static_cast<int>(head_dim));
+}
+
+void tree_attention_cpu(const Tensor& out, const Tensor& query, const Tensor& key_cache,
+                        const Tensor& value_cache, const Tensor& key_map, const Tensor& value_map,
+                        const Tensor& block_table, const Tensor& request_index,
+                        const Tensor& row_start, const Tensor& row_count,
+                        const Tensor& context_lens, const Tensor& masks, double scale,
+                        double softcap) {
+  TreeAttentionArgs args;
+  const ScalarType dtype = query.scalar_type();
+  switch (dtype) {
+    case ScalarType::Float:
+      args.dtype = Dtype::kFloat;
+      break;
+    case ScalarType::BFloat16:
+      args.dtype = Dtype::kBFloat16;
+      break;
+    case ScalarType::Half:
+      args.dtype = Dtype::kHalf;
+      break;
+    default:
+      STD_TORCH_CHECK(false, "query has dtype ", torch::headeronly::toString(dtype),
+                      "; it must be float32, bfloat16 or float16.");
+  }
+  check_dtype(out, dtype, "out");
+  check_dtype(key_cache, dtype, "key_cache");
+  check_dtype(value_cache, dtype, "value_cache");
+  check_dims(query, 3, "query");
+  check_dims(out, 3, "out");
+  check_dims(key_cache, 4, "key_cache");
+  check_dims(value_cache, 4, "value_cache");
+  check_dims(block_table, 2, "block_table");
+  check_dims(masks, 2, "masks");
+
+  const int64_t tokens = query.size(0), query_heads = query.size(1), head_dim = query.size(2);
+  STD_TORCH_CHECK(
+      out.size(0) == tokens && out.size(1) == query_heads && out.size(2) == head_dim,
+      "out must have the shape of query, [", tokens, ", ", query_heads, ", ", head_dim, "].");
+  const int64_t blocks = key_cache.size(0), kv_heads = key_cache.size(1);
+  const int64_t block_size = key_cache.size(2);
+  STD_TORCH_CHECK(value_cache.size(0) == blocks && value_cache.size(1) == kv_heads &&
+                      value_cache.size(2) == block_size && value_cache.size(3) == head_dim &&
+                      key_cache.size(3) == head_dim,
+                  "key_cache and value_cache must both be [blocks, kv_heads, block_size, ",
+                  head_dim, "].");
+  STD_TORCH_CHECK(head_dim > 0 && head_dim % 16 == 0, "head_dim is ", head_dim,
+                  "; it must be a multiple of 16.");
+  STD_TORCH_CHECK(kv_heads > 0 && query_heads % kv_heads == 0, "query has ", query_heads,
+                  " heads; it must be a multiple of the ", kv_heads, " KV heads.");
+  STD_TORCH_CHECK(softcap >= 0, "softcap is ", softcap, "; it must be 0 (off) or positive.");
+
+  STD_TORCH_CHECK(scale > 0, "scale is ", scale, "; it must be positive.");
+
+  const int64_t requests = request_index.size(0);
+  args.key_layout = layout_of(key_map, block_size, head_dim, "key_map", &args.key_map);
+  args.value_layout = layout_of(value_map, block_size, head_dim, "value_map", &args.value_map);
+  args.request_index =
+      vector_data<int32_t>(request_index, ScalarType::Int, requests, "request_index");
+  args.row_start = vector_data<int32_t>(row_start, ScalarType::Int, requests, "row_start");
+  args.row_count = vector_data<int32_t>(row_count, ScalarType::Int, requests, "row_count");
+  args.context_lens = vector_data<int32_t>(context_lens, ScalarType::Int, requests, "context_lens");
+  check_dtype(block_table, ScalarType::Int, "block_table");
+  check_dtype(masks, ScalarType::Long, "masks");
+  const int64_t max_blocks = block_table.size(1), words = masks.size(1);
+  STD_TORCH_CHECK((max_blocks < 2 || block_table.stride(1) == 1) &&
+                      (words < 2 || masks.stride(1) == 1),
+                  "block_table and masks must be contiguous in their last dimension.");
+  args.block_table = static_cast<const int32_t*>(block_table.const_data_ptr());
+  args.block_table_stride = block_table.stride(0);
+  args.masks = static_cast<const int64_t*>(masks.const_data_ptr());
+  args.mask_stride = masks.stride(0);
+  args.mask_words = static_cast<int>(words);
+
+  for (int64_t r = 0; r < requests; ++r) {
+    const int64_t start = args.row_start[r], rows = args.row_count[r];
+    const int64_t row = args.request_index[r], keys = args.context_lens[r] + rows;
+    STD_TORCH_CHECK(start >= 0 && rows >= 0 && start + rows <= tokens && start + rows <= masks.size(0),
+                    "request ", r, " has rows ", start, " to ", start + rows, " of ", tokens,
+                    " query rows and ", masks.size(0), " mask rows.");
+    STD_TORCH_CHECK(rows <= words * 64, "request ", r, " has ", rows, " rows; masks of ", words,
+                    " words hold at most ", words * 64, ".");
+    STD_TORCH_CHECK(row >= 0 && row < block_table.size(0), "request_index[", r, "] is ", row,
+                    "; block_table has ", block_table.size(0), " rows.");
+    STD_TORCH_CHECK(args.context_lens[r] >= 0 && keys <= max_blocks * block_size, "request ", r,
+                    " has ", keys, " keys; its row of block_table holds ", max_blocks * block_size,
+                    ".");
+    const int32_t* ids = args.block_table + row * args.block_table_stride;
+    for (int64_t i = 0; i * block_size < keys; ++i) {
+      STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < blocks, "block_table[", row, ", ", i, "] is ", ids[i],
+                      "; the cache has ", blocks, " blocks.");
+    }
+  }
+
+  args.out = out.mutable_data_ptr();
+  args.query = query.const_data_ptr();
+  args.key_cache = key_cache.const_data_ptr();
+  args.value_cache = value_cache.const_data_ptr();
+  for (int i = 0; i < 3; ++i) {
+    args.out_stride[i] = out.stride(i);
+    args.query_stride[i] = query.stride(i);
+  }
+  for (int i = 0; i < 2; ++i) {
+    args.key_stride[i] = key_cache.stride(i);
+    args.value_stride[i] = value_cache.stride(i);
+  }
+  args.requests = static_cast<int>(requests);
+  args.query_heads = static_cast<int>(query_heads);
+  args.kv_heads = static_cast<int>(kv_heads);
+  args.head_dim = static_cast<int>(head_dim);
+  args.block_size = static_cast<int>(block_size);
+  args.scale = static_cast<float>(scale);
+  args.softcap = static_cast<float>(softcap);
+  args.scratch = &scratch_memory;
+  REDRAFTER_VARIANT_OF(tree_attention)(args);
+}
+
+}  // namespace
+}  // namespace redrafter
+
+// Called through ctypes by ops/kv_layout.py, once per engine.
+extern "C" __attribute__((visibility("default"))) int redrafter_recognise_layout(
+    const int32_t* map, int block_size, int head_dim) {
+  return static_cast<int>(redrafter::recognise(map, block_size, head_dim));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(redrafter, CPU, m) {
+  m.impl("tree_attention", TORCH_BOX(&redrafter::tree_attention_cpu));
+}

@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every operator of the library `redrafter`. Implementations register themselves beside their code
+// (STABLE_TORCH_LIBRARY_IMPL); the meaning of the arguments is documented in vllm_redrafter/ops.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(redrafter, m) {
+  m.def(
+      "tree_attention(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache, "
+      "Tensor key_map, Tensor value_map, Tensor block_table, Tensor request_index, "
+      "Tensor row_start, Tensor row_count, Tensor context_lens, Tensor masks, float scale, "
+      "float softcap) -> ()");
+  m.def(
+      "build_tree(Tensor(a!) out_tokens, Tensor(b!) out_parents, Tensor(c!) out_depths, "
+      "Tensor(d!) out_masks, Tensor(e!) out_num_nodes, Tensor root, Tensor tokens, "
+      "Tensor parents, Tensor scores, bool best) -> ()");
+  // `caches` holds addresses: it is marked as written for what is written through it.
+  m.def(
+      "move_kv(Tensor(a!) caches, Tensor key_map, Tensor value_map, Tensor src_slots, "
+      "Tensor dst_slots, int block_size, int head_dim, int element_size) -> ()");
+  m.def(
+      "draft(Tensor(a!) tokens, Tensor(b!) parents, Tensor(c!) scores, Tensor context, "
+      "Tensor token, Tensor embedding, Tensor? draft_vocab, Tensor[] layers, int head_rows, "
+      "int exit_dim, int num_blocks, bool rnn, int top_k) -> ()");
+}

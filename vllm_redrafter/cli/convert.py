@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-redrafter convert`: pickled or differently named drafter weights into our format."""
+
+import argparse
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vllm_redrafter.cli import UserError
+from vllm_redrafter.drafter.checkpoint import (
+    DRAFT_VOCAB,
+    IGNORED_TENSORS,
+    PICKLE_SUFFIXES,
+    WEIGHTS_NAME,
+    build_drafter,
+    save_drafter,
+)
+from vllm_redrafter.drafter.config import (
+    APPLE_TOP_K,
+    DrafterConfig,
+    DrafterError,
+    load_config,
+    read_json,
+)
+from vllm_redrafter.drafter.model import Drafter
+
+# Looked for in this order before "whatever single pickle there is".
+_USUAL_PICKLES = ("pytorch_model.bin", "model.pt")
+
+# How other tools write Apple's names. TensorRT-LLM's readers number the drafters (always 0) and use
+# plurals (examples/redrafter/convert_checkpoint.py of NVIDIA/TensorRT-LLM).
+_PREFIX = r"(?P<prefix>(?:[^.]+\.)*?)"
+_SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(_PREFIX + pattern), name)
+    for pattern, name in (
+        (r"input_projs?\.(?:0\.)?(?P<end>weight|bias)", "input_proj.{end}"),
+        (r"rnn_us?\.(?:0\.)?(?P<end>weight|bias)", "rnn_u.{end}"),
+        (r"rnn_ws?\.(?:0\.)?(?P<end>weight)", "rnn_w.{end}"),
+        (
+            r"(?:lm_heads?\.(?:0\.)?|0\.)(?P<layer>\d+)\.(?P<end>linear\.weight|linear\.bias|weight)",
+            "lm_head.{layer}.{end}",
+        ),
+        (r"(?P<end>draft_vocab|emb_norm\.weight)", "{end}"),
+    )
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("src", type=Path, metavar="SRC",
+                        help="drafter directory, or its weights file (.bin, .pt, .pth or "
+                        ".safetensors)")  # fmt: skip
+    parser.add_argument("dst", type=Path, metavar="DST", help="directory to write")
+    parser.add_argument("--force", action="store_true",
+                        help="replace a drafter that is already in DST")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, print what was written; returns the exit code."""
+    try:
+        drafter = convert(args.src, args.dst, force=args.force)
+    except DrafterError as error:
+        raise UserError(str(error)) from error
+    config = drafter.config
+    print(
+        f"wrote {args.dst}: hidden_size {config.hidden_size}, vocab_size {config.vocab_size}, "
+        f"exit_dim {config.exit_dim}, {config.num_draft_layers} residual blocks, "
+        f"rnn {'on' if config.rnn else 'off'}, {str(drafter.dtype).removeprefix('torch.')}"
+    )
+    return 0
+
+
+def convert(src: Path, dst: Path, *, force: bool = False) -> Drafter:
+    """Write the drafter in ``src`` to the directory ``dst`` as config.json and safetensors.
+
+    Pickles are read with ``weights_only``: a file that holds anything but tensors and plain
+    values is refused, and nothing in it runs.
+
+    Raises:
+        DrafterError: nothing to convert, unreadable or refused weights, names that are no
+            drafter's, or a ``dst`` that is in use.
+    """
+    if not src.exists():
+        raise DrafterError(f"'{src}' does not exist; give a drafter's directory or weights file.")
+    if dst.exists() and not dst.is_dir():
+        raise DrafterError(f"'{dst}' is a file; give the name of a directory to write.")
+    if dst.is_dir() and any(dst.iterdir()) and not force:
+        raise DrafterError(
+            f"'{dst}' is not empty; give another directory, or --force to replace the drafter there."
+        )
+    directory = src if src.is_dir() else src.parent
+    tensors = usual_names(read_weights(src), src)
+    if (directory / "config.json").is_file():
+        config = load_config(directory)
+    else:
+        config = config_from_shapes(tensors, src)
+    # Nothing of a shared head is stored; its place only has to have the right shape.
+    lm_head = torch.zeros(config.vocab_size, config.hidden_size) if config.shared_head else None
+    drafter = build_drafter(config, tensors, directory, lm_head=lm_head)
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    # Two files that belong together: written aside, so that a failure leaves no half of them.
+    with tempfile.TemporaryDirectory(prefix=f".{dst.name}-", dir=dst.parent) as aside:
+        save_drafter(drafter, aside)
+        dst.mkdir(exist_ok=True)
+        for name in (WEIGHTS_NAME, "config.json"):
+            os.replace(Path(aside) / name, dst / name)
+    return drafter
+
+
+def read_weights(src: Path) -> dict[str, Tensor]:
+    """All tensors of a weights file, or of the weight files of a directory, by dotted names."""
+    files = [src] if src.is_file() else _weight_files(src)
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        if path.suffix == ".safetensors":
+            try:
+                tensors |= load_file(path)
+            except (SafetensorError, OSError) as error:
+                raise DrafterError(
+                    f"{path} cannot be read ({error}); it is truncated or not safetensors: copy or "
+                    "download it again."
+                ) from error
+        else:
+            tensors |= dict(_flatten(_load_pickle(path)))
+    if not tensors:
+        raise DrafterError(f"{files[0]} holds no tensors, so there is no drafter to convert.")
+    # A pickle may hold views of one storage, which safetensors does not write.
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    for name in (WEIGHTS_NAME, *_USUAL_PICKLES):
+        if (directory / name).is_file():
+            return [directory / name]
+    for name in (WEIGHTS_NAME, _USUAL_PICKLES[0]):
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            if shards:
+                return [directory / shard for shard in shards]
+    found = sorted(f for f in directory.iterdir() if f.suffix in PICKLE_SUFFIXES)
+    if len(found) == 1:
+        return found
+    if not found:
+        raise DrafterError(
+            f"'{directory}' holds no weights ({', '.join((*PICKLE_SUFFIXES, '.safetensors'))}); "
+            "give the drafter's directory or its weights file."
+        )
+    names = ", ".join(path.name for path in found)
+    raise DrafterError(f"'{directory}' holds several weight files ({names}); give one of them.")
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise DrafterError(f"{path} does not exist; copy or download it again.") from error
+    except pickle.UnpicklingError as error:
+        raise DrafterError(
+            f"{path} is refused: it is damaged, or holds Python objects besides tensors, and such a "
+            "pickle can run any code; save the drafter's state_dict alone "
+            "(torch.save(drafter.state_dict(), ...)) and convert that."
+        ) from error
+    except Exception as error:  # a damaged pickle fails in any way
+        reason = str(error).strip().splitlines()
+        raise DrafterError(
+            f"{path} cannot be read ({reason[0] if reason else type(error).__name__}); it is "
+            "truncated or not written by torch.save: copy or download it again."
+        ) from error
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors of nested mappings by dotted name; counters and other plain values are left out."""
+    if isinstance(value, Tensor):
+        yield prefix.removesuffix("."), value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flatten(item, f"{prefix}{key}.")
+
+
+def usual_names(tensors: Mapping[str, Tensor], src: Path) -> dict[str, Tensor]:
+    """The drafter's tensors by Apple's names, whatever prefix and spelling they came with.
+
+    Tensors outside the drafter's prefix (a target saved along) are left out.
+
+    Raises:
+        DrafterError: no drafter's names, two drafters, or further tensors beside the drafter's.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        for pattern, spelling in _SPELLINGS:
+            if match := pattern.fullmatch(name):
+                groups = match.groupdict()
+                ours = spelling.format(**groups)
+                if ours not in IGNORED_TENSORS:
+                    of_prefix = found.setdefault(groups["prefix"], {})
+                    if ours in of_prefix:
+                        raise DrafterError(f"'{src}' holds the tensor {ours} twice (as {name}).")
+                    of_prefix[ours] = tensor
+                break
+        else:
+            unknown.append(name)
+    if not found:
+        raise DrafterError(
+            f"'{src}' holds no drafter: among its {len(tensors)} tensors (such as "
+            f"{next(iter(tensors))}) none has a drafter's name, such as lm_head.0.linear.weight."
+        )
+    if len(found) > 1:
+        prefixes = ", ".join(repr(prefix) for prefix in sorted(found))
+        raise DrafterError(
+            f"'{src}' holds drafter tensors under several prefixes ({prefixes}); save one drafter's "
+            "state_dict alone and convert that."
+        )
+    ((prefix, drafter),) = found.items()
+    strays = [name for name in unknown if name.startswith(prefix)]
+    if strays:
+        raise DrafterError(
+            f"'{src}' holds {strays[0]}, which is no tensor of a recurrent drafter; save the "
+            "drafter's state_dict alone and convert that."
+        )
+    return drafter
+
+
+def config_from_shapes(tensors: Mapping[str, Tensor], src: Path) -> DrafterConfig:
+    """The config of Apple's format that fits the tensors, for a checkpoint without config.json."""
+    heads = [
+        int(name.split(".")[1])
+        for name in tensors
+        if re.fullmatch(r"lm_head\.\d+\.weight", name)
+    ]
+    if len(heads) != 1 or DRAFT_VOCAB in tensors:
+        why = (
+            f"it has a {DRAFT_VOCAB}"
+            if DRAFT_VOCAB in tensors
+            else f"it has {len(heads)} output layers (lm_head.N.weight)"
+        )
+        raise DrafterError(
+            f"'{src}' has no config.json beside it, and its shapes do not say enough ({why}); put "
+            "the drafter's config.json there."
+        )
+    vocab_size, exit_dim = _matrix(tensors, f"lm_head.{heads[0]}.weight", src)
+    if "input_proj.weight" in tensors:
+        both = _matrix(tensors, "input_proj.weight", src)[1]
+    else:
+        both = exit_dim
+    return DrafterConfig(
+        vocab_size=vocab_size,
+        hidden_size=both // 2,
+        exit_dim=exit_dim,
+        num_draft_layers=heads[0],
+        rnn=None,
+        draft_vocab_size=vocab_size,
+        defaults={"top_k": APPLE_TOP_K},
+        apple=True,
+    )
+
+
+def _matrix(tensors: Mapping[str, Tensor], name: str, src: Path) -> tuple[int, int]:
+    shape = tuple(tensors[name].shape)
+    if len(shape) != 2:
+        raise DrafterError(f"'{src}': {name} has shape {list(shape)}; it must be a matrix.")
+    return shape[0], shape[1]

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading of the compiled operators, ``torch.ops.redrafter.*``.
+
+The library is optional: without it every operator falls back to its PyTorch twin
+(``vllm_redrafter.ops.reference``), which says the same thing slowly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).resolve().parents[1] / "_ops.so"
+
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """(library, "") or (None, why not)."""
+    if not LIBRARY.is_file():
+        return None, (
+            "The compiled operators were not built. Install torch and a C++17 compiler first, then "
+            "run `VLLM_REDRAFTER_BUILD_OPS=1 pip install --no-build-isolation .`, which says what "
+            "is missing."
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY))
+        handle = ctypes.CDLL(str(LIBRARY))
+    except (OSError, RuntimeError) as error:
+        return None, (
+            f"{LIBRARY.name} does not load on torch {torch.__version__} ({error}): rebuild it with "
+            "`VLLM_REDRAFTER_BUILD_OPS=1 pip install --no-build-isolation .`."
+        )
+    handle.redrafter_isa.restype = ctypes.c_char_p
+    handle.redrafter_set_isa.argtypes = [ctypes.c_char_p]
+    handle.redrafter_recognise_layout.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    return handle, ""
+
+
+def compiled_available() -> bool:
+    """Whether ``torch.ops.redrafter`` is there; loads the library at the first call."""
+    return _load()[0] is not None
+
+
+def library() -> ctypes.CDLL | None:
+    """The library's plain C functions; None without it."""
+    return _load()[0]
+
+
+def why_not() -> str:
+    """One sentence with the cure when the compiled operators are missing, else ''."""
+    return _load()[1]
+
+
+def isa() -> str:
+    """The instruction set of the kernels in use, one of ``ISAS``; '' without the library."""
+    handle = _load()[0]
+    return handle.redrafter_isa().decode() if handle else ""
+
+
+def set_isa(name: str) -> None:
+    """Use another compiled variant from now on (for tests and measurements).
+
+    Raises:
+        ValueError: the name is unknown, or this machine or build lacks that variant.
+    """
+    handle = _load()[0]
+    if handle is None:
+        raise ValueError(why_not())
+    if handle.redrafter_set_isa(name.encode()) != 0:
+        raise ValueError(f"{name!r} is not an instruction set of this machine and build.")

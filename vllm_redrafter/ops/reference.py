@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain PyTorch twins of the compiled operators: slow, obvious, and what the operators mean.
+
+Arguments are documented at the operators themselves, in the module of the same name.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_redrafter.ops.kv_layout import offsets as map_offsets
+
+MASK_WORD_BITS = 64
+
+
+def tree_attention(
+    out: Tensor,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key_map: Tensor,
+    value_map: Tensor,
+    block_table: Tensor,
+    request_index: Tensor,
+    row_start: Tensor,
+    row_count: Tensor,
+    context_lens: Tensor,
+    masks: Tensor,
+    scale: float,
+    softcap: float,
+    compute_dtype: torch.dtype = torch.float32,
+) -> None:
+    """Twin of ``vllm_redrafter.ops.tree_attention``; float64 makes it the reference of the tests."""
+    heads, kv_heads = query.shape[1], key_cache.shape[1]
+    for r in range(request_index.numel()):
+        start, rows, context = int(row_start[r]), int(row_count[r]), int(context_lens[r])
+        if rows == 0:
+            continue
+        blocks = block_table[int(request_index[r])]
+        keys = gather_tokens(key_cache, key_map, blocks, context + rows).to(compute_dtype)
+        values = gather_tokens(value_cache, value_map, blocks, context + rows).to(compute_dtype)
+        keys = keys.repeat_interleave(heads // kv_heads, dim=1)
+        values = values.repeat_interleave(heads // kv_heads, dim=1)
+
+        row_query = query[start : start + rows].to(compute_dtype)
+        scores = torch.einsum("ihd,jhd->hij", row_query, keys) * scale
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        sees = torch.ones(rows, context + rows, dtype=torch.bool)
+        sees[:, context:] = unpack_bits(masks[start : start + rows], rows)
+        scores = scores.masked_fill(~sees, -torch.inf)
+        # A row that sees nothing has no softmax: its result is 0.
+        weights = torch.softmax(scores, dim=-1).where(sees.any(-1)[:, None], 0)
+        # Weights of hidden rows are 0, but 0 * inf would be NaN: hidden values must not be read.
+        weighted = weights[..., None] * values.permute(1, 0, 2)[:, None]
+        result = weighted.where(sees[None, ..., None], 0).sum(2)
+        out[start : start + rows] = result.permute(1, 0, 2).to(out.dtype)
+
+
+def gather_tokens(cache: Tensor, cache_map: Tensor, blocks: Tensor, count: int) -> Tensor:
+    """The first ``count`` tokens of a request, ``[count, kv_heads, head_dim]``, through the map."""
+    _, heads, block_size, head_dim = cache.shape
+    offsets = map_offsets(cache_map, block_size, head_dim)
+    used = blocks[: -(-count // block_size)].long()
+    regions = cache[used].reshape(used.numel(), heads, block_size * head_dim)
+    tokens = regions[:, :, offsets]  # [blocks, heads, block_size, head_dim]
+    return tokens.transpose(1, 2).flatten(0, 1)[:count]
+
+
+def unpack_bits(masks: Tensor, count: int) -> Tensor:
+    """``[rows, words]`` int64 to ``[rows, count]`` bool, bit j % 64 of word j // 64."""
+    column = torch.arange(count)
+    return (masks[:, column // MASK_WORD_BITS] >> (column % MASK_WORD_BITS) & 1).bool()
+
+
+def move_kv(
+    key_caches: list[Tensor],
+    value_caches: list[Tensor],
+    key_map: Tensor,
+    value_map: Tensor,
+    src_slots: Tensor,
+    dst_slots: Tensor,
+) -> None:
+    """Twin of ``vllm_redrafter.ops.move_kv``."""
+    for caches, cache_map in ((key_caches, key_map), (value_caches, value_map)):
+        for cache in caches:
+            blocks, heads, block_size, head_dim = cache.shape
+            offsets = map_offsets(cache_map, block_size, head_dim)
+            # [blocks, heads, region]: a view, so that writing to it writes to the cache.
+            regions = cache.as_strided(
+                (blocks, heads, block_size * head_dim), (cache.stride(0), cache.stride(1), 1)
+            )
+            src_block, src_offset = src_slots // block_size, offsets[src_slots % block_size]
+            dst_block, dst_offset = dst_slots // block_size, offsets[dst_slots % block_size]
+            head = torch.arange(heads)[None, :, None]
+            rows = regions[src_block[:, None, None], head, src_offset[:, None, :]]
+            regions[dst_block[:, None, None], head, dst_offset[:, None, :]] = rows
