@@ -175,8 +175,8 @@ def write_fitted_drafter(directory: Path, target: Path, *, steps: int = 400, see
     depth = 3
     known = tokens[:, 2 : -depth].flatten()
     context = hidden[:, 1 : -depth - 1].flatten(0, 1)
-    later = torch.stack([tokens[:, 2 + d : tokens.shape[1] - depth + d] for d in range(1, depth + 1)])
-    later = later.flatten(1)
+    end = tokens.shape[1] - depth
+    later = torch.stack([tokens[:, 2 + d : end + d].flatten() for d in range(1, depth + 1)])
     optimizer = torch.optim.Adam(drafter.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):

@@ -12,6 +12,8 @@
 namespace redrafter {
 namespace {
 
+constexpr int64_t kFewElements = 1 << 15;
+
 // One row of the table that MoveKV prepares; addresses and strides in bytes.
 struct Cache {
   int64_t key, value;
@@ -52,7 +54,11 @@ template <class Element>
 void move_all(const Cache* caches, int64_t layers, const int32_t* key_map,
               const int32_t* value_map, const Moves& moves) {
   const std::size_t bytes = (moves.count * moves.head_dim * sizeof(Element) + 63) / 64 * 64;
-  const int threads = omp_in_parallel() || layers < 2 ? 1 : omp_get_max_threads();
+  // A few rows are moved sooner than threads are woken.
+  int64_t elements = 0;
+  for (int64_t l = 0; l < layers; ++l) elements += caches[l].kv_heads * moves.count * moves.head_dim;
+  const bool few = elements < kFewElements || layers < 2 || omp_in_parallel();
+  const int threads = few ? 1 : omp_get_max_threads();
   char* memory = scratch_memory(bytes * threads);
   REDRAFTER_OMP(parallel num_threads(threads) if(threads > 1)) {
     Element* rows = reinterpret_cast<Element*>(memory + bytes * omp_get_thread_num());

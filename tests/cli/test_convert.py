@@ -140,7 +140,7 @@ def test_prefixes_and_other_spellings(case, prefix, rename, tmp_path):
 
 def test_a_training_checkpoint_with_the_target_in_it(tmp_path):
     def wrap(drafter):
-        target = {"embed_tokens": {"weight": torch.zeros(2, 2)}, "layers.0.mlp.weight": torch.ones(1)}
+        target = {"embed_tokens": {"weight": torch.zeros(2, 2)}, "layers.0.mlp": torch.ones(1)}
         return {"epoch": 3, "state_dict": {"llm": target, "drafter": drafter}}
 
     src = pickled("base", tmp_path / "apple", "model.pt", wrap=wrap)

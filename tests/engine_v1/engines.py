@@ -80,7 +80,11 @@ class Engine:
         return self.runner.redrafter_stats.summary()
 
     def reset(self, drafter: Callable[..., Any] | None = None) -> None:
-        """Forget counters and cached prefixes; draft with ``drafter`` (as ``Oracle``), or as the engine does."""
+        """Forget counters and cached prefixes.
+
+        Args:
+            drafter: called in place of ``_draft_trees``, as ``Oracle`` is; None for the engine's.
+        """
         self.emitted, self.cut, self.mixed_steps, self.preemptions = [], 0, 0, 0
         assert self.llm.reset_prefix_cache()
         if not self.verifies_trees:

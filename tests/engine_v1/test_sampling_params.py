@@ -68,9 +68,7 @@ def test_min_tokens(pair):
     batch = prompts(16)
     free = said_by_plain(pair, batch)
     # Without min_tokens all would stop at the sixth token; they must say something else there.
-    params = [
-        greedy(stop_token_ids=[said[5]], min_tokens=10 + i) for i, said in enumerate(free)
-    ]
+    params = [greedy(stop_token_ids=[said[5]], min_tokens=10 + i) for i, said in enumerate(free)]
     run = pair.run(batch, params)
     run.assert_equal()
     run.assert_saw_trees()

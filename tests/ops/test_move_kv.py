@@ -90,6 +90,19 @@ def test_every_source_is_read_first(threads):
             assert not torch.equal(new, in_order(old, src, dst))
 
 
+def test_many_moves_on_several_threads(threads):
+    """Enough elements that layers are shared out: kFewElements in csrc/cpu/move_kv.cpp."""
+    torch.manual_seed(4)
+    threads(3)
+    caches = Caches(torch.bfloat16, "vector", layers=8)
+    before = [t.clone() for t in caches.tokens()]
+    src, dst = torch.randperm(SLOTS)[:70], torch.randperm(SLOTS)[:70]
+    assert 8 * HEADS * HEAD_DIM * 70 > 1 << 15
+    caches.mover()(src, dst)
+    for old, new in zip(before, caches.tokens(), strict=True):
+        assert torch.equal(new, moved(old, src.tolist(), dst.tolist()))
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_moves_equal_the_twin(data):

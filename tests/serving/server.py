@@ -25,7 +25,9 @@ STOP_SECONDS = 90
 class Server:
     """One server on a free port; ``start`` returns at once, ``wait`` when it answers."""
 
-    def __init__(self, log: Path, model: Path, *flags: str, speculative: dict | None = None) -> None:
+    def __init__(
+        self, log: Path, model: Path, *flags: str, speculative: dict[str, Any] | None = None
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]

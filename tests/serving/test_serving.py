@@ -188,7 +188,7 @@ def smollm2():
 def test_a_real_model(tmp_path):
     drafter = Path(vllm_redrafter.__file__).parent / "drafters" / "redrafter-smollm2-135m"
     flags = (*FLAGS, "--enforce-eager")
-    questions = ["What is the capital of France?", "Write a poem about rain.", "Name three uses of a brick."]
+    questions = ["What is the capital of France?", "Write a poem about rain.", "What is a brick?"]
     for plain, ours in serve_both(tmp_path, smollm2(), drafter, flags):
         compare(plain, ours, [completion(question, max_tokens=64) for question in questions])
         chat = {

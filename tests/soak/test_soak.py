@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many mixed requests at once, with aborts and preemption: plain vLLM's tokens, nothing left over."""
+"""Many mixed requests with aborts and preemption: plain vLLM's tokens, and nothing left over."""
 
 import math
 import time

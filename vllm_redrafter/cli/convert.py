@@ -95,7 +95,7 @@ def convert(src: Path, dst: Path, *, force: bool = False) -> Drafter:
         raise DrafterError(f"'{dst}' is a file; give the name of a directory to write.")
     if dst.is_dir() and any(dst.iterdir()) and not force:
         raise DrafterError(
-            f"'{dst}' is not empty; give another directory, or --force to replace the drafter there."
+            f"'{dst}' is not empty; give another directory, or --force to replace what is there."
         )
     directory = src if src.is_dir() else src.parent
     tensors = usual_names(read_weights(src), src)
@@ -166,8 +166,8 @@ def _load_pickle(path: Path) -> Any:
         raise DrafterError(f"{path} does not exist; copy or download it again.") from error
     except pickle.UnpicklingError as error:
         raise DrafterError(
-            f"{path} is refused: it is damaged, or holds Python objects besides tensors, and such a "
-            "pickle can run any code; save the drafter's state_dict alone "
+            f"{path} is refused: it is damaged, or holds Python objects besides tensors, and such "
+            "a pickle can run any code; save the drafter's state_dict alone "
             "(torch.save(drafter.state_dict(), ...)) and convert that."
         ) from error
     except Exception as error:  # a damaged pickle fails in any way
@@ -218,8 +218,8 @@ def usual_names(tensors: Mapping[str, Tensor], src: Path) -> dict[str, Tensor]:
     if len(found) > 1:
         prefixes = ", ".join(repr(prefix) for prefix in sorted(found))
         raise DrafterError(
-            f"'{src}' holds drafter tensors under several prefixes ({prefixes}); save one drafter's "
-            "state_dict alone and convert that."
+            f"'{src}' holds drafter tensors under several prefixes ({prefixes}); save one "
+            "drafter's state_dict alone and convert that."
         )
     ((prefix, drafter),) = found.items()
     strays = [name for name in unknown if name.startswith(prefix)]

@@ -16,7 +16,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class Settings:
         batch_size: prompts that run together in one `generate` call.
         max_tokens: generated tokens per prompt, at most.
         rounds: how often every prompt runs on every variant.
-        num_threads: OpenMP threads per engine; None: one per physical core.
+        num_threads: OpenMP threads per engine; None: what OMP_NUM_THREADS says, else one per
+            physical core.
         max_model_len: longest prompt plus answer.
         kv_cache_bytes: size of each engine's KV cache.
         enforce_eager: True: no torch.compile (its start-up takes minutes on a small machine).
@@ -330,6 +331,7 @@ def compare(
         EngineFailed: an engine did not start or died; the message says what it printed.
     """
     settings = settings or Settings()
+    settings = replace(settings, num_threads=settings.num_threads or default_threads())
     names = list(variants)
     if not prompts or not names:
         raise ValueError("compare needs at least one prompt and one variant")
@@ -420,6 +422,12 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def default_threads() -> int:
+    """OpenMP threads of an engine: $OMP_NUM_THREADS, else one per physical core."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) > 0 else physical_cores()
+
+
 def physical_cores() -> int:
     """Physical cores that this process may use (hyper-threads do not help these kernels)."""
     allowed = sorted(os.sched_getaffinity(0))
@@ -440,7 +448,6 @@ def _engine_arguments(
     """Keyword arguments of `vllm.LLM` and environment variables of one variant."""
     config = dict(config) if config is not None else {}
     own_kwargs, own_env = config.pop("llm_kwargs", {}), config.pop("env", {})
-    threads = settings.num_threads or physical_cores()
     kwargs = {
         "model": target,
         "dtype": settings.dtype,
@@ -458,7 +465,7 @@ def _engine_arguments(
     env = {
         # The engine runs inside its process: no second and third process share the cores.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(settings.num_threads or default_threads()),
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         **settings.env,

@@ -144,7 +144,7 @@ class EngineProcess:
             self._pipe = None
         if self._process is not None:
             try:
-                self._process.wait(timeout=10)
+                self._process.wait(timeout=5)
             except subprocess.TimeoutExpired:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._process.pid, signal.SIGKILL)

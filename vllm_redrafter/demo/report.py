@@ -143,5 +143,5 @@ def _title(comparison: Comparison) -> str:
     return (
         f"{settings.dtype}, batch size {settings.batch_size}, {prompts} prompts, "
         f"up to {settings.max_tokens} tokens, {settings.rounds} rounds, "
-        f"{comparison.machine.get('cores', '?')} cores"
+        f"{settings.num_threads} threads"
     )

@@ -248,7 +248,7 @@ def _take_draft_vocab(
         if config.has_draft_vocab:
             raise DrafterError(
                 f"'{directory}': config.json says draft_vocab_size {config.draft_vocab_size} of "
-                f"{config.vocab_size}, but there is no tensor '{DRAFT_VOCAB}' of as many token ids; "
+                f"{config.vocab_size}, but there is no tensor '{DRAFT_VOCAB}' of as many ids; "
                 "add it to the safetensors file."
             )
         return None
@@ -265,8 +265,8 @@ def _take_draft_vocab(
     if vocab.min() < 0 or vocab.max() >= config.vocab_size:
         raise DrafterError(
             f"'{directory}': {DRAFT_VOCAB} holds ids from {int(vocab.min())} to "
-            f"{int(vocab.max())}; every id must be from 0 to {config.vocab_size - 1}, as vocab_size "
-            f"is {config.vocab_size}."
+            f"{int(vocab.max())}; every id must be from 0 to {config.vocab_size - 1}, as "
+            f"vocab_size is {config.vocab_size}."
         )
     # Siblings of one node must hold distinct tokens, or a walk would be ambiguous.
     ids, counts = vocab.unique(return_counts=True)
