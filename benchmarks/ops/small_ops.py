@@ -50,7 +50,9 @@ def move_cases() -> dict[str, tuple[Callable[[], None], Callable[[], None]]]:
         mover = MoveKV(keys, values, *maps)
         cases[name] = (
             lambda mover=mover, src=src, dst=dst: mover(src, dst),
-            lambda k=keys, v=values, m=maps, src=src, dst=dst: reference.move_kv(k, v, *m, src, dst),
+            lambda k=keys, v=values, m=maps, src=src, dst=dst: reference.move_kv(
+                k, v, *m, src, dst
+            ),
         )
     return cases
 

@@ -129,7 +129,9 @@ def main() -> None:
     other = torch.zeros(16 << 20)  # 64 MiB
 
     results = []
-    print(f"{platform.processor() or platform.machine()}, {isa()}, {torch.get_num_threads()} threads")
+    print(
+        f"{platform.processor() or platform.machine()}, {isa()}, {torch.get_num_threads()} threads"
+    )
     print(f"{'':42}{'dtype':>9}{'':>6}{'ours':>10}{'vLLM':>10}{'ratio':>7}{'min':>7}  us per layer")
     for name, *shape in SHAPES:
         for dtype in (torch.bfloat16, torch.float32):

@@ -122,7 +122,8 @@ void build_tree_cpu(const Tensor& out_tokens, const Tensor& out_parents, const T
   const int64_t most = out_tokens.size(1), words = out_masks.size(2);
   const int64_t candidates = length * width;
   STD_TORCH_CHECK(most >= 1 && words * 64 >= most, "out_tokens has room for ", most,
-                  " nodes and out_masks for ", words * 64, "; at least 1, and as many, are needed.");
+                  " nodes and out_masks for ", words * 64,
+                  "; at least 1, and as many, are needed.");
   const int64_t* roots = input_data<int64_t>(root, ScalarType::Long, batch, "root");
   const int64_t* all_tokens =
       input_data<int64_t>(tokens, ScalarType::Long, batch * candidates, "tokens");

@@ -55,10 +55,10 @@ Function* select_variant(Function* baseline, Function* avx2, Function* avx512,
   declaration;                                  \
   }                                             \
   }
-#define REDRAFTER_VARIANT_OF(name)                                       \
-  (::redrafter::select_variant(                                          \
-      &::redrafter::isa_baseline::name, &::redrafter::isa_avx2::name,    \
-      &::redrafter::isa_avx512::name, &::redrafter::isa_avx512_bf16::name))
+#define REDRAFTER_VARIANT_OF(name)                                                             \
+  (::redrafter::select_variant(&::redrafter::isa_baseline::name, &::redrafter::isa_avx2::name, \
+                               &::redrafter::isa_avx512::name,                                 \
+                               &::redrafter::isa_avx512_bf16::name))
 #else
 #define REDRAFTER_DECLARE_VARIANTS(declaration) \
   namespace redrafter {                         \

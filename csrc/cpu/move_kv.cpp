@@ -51,24 +51,25 @@ void move_rows(char* cache, int64_t block_stride, const int32_t* map, const Move
 }
 
 template <class Element>
-void move_all(const Cache* caches, int64_t layers, const int32_t* key_map,
-              const int32_t* value_map, const Moves& moves) {
+void move_all(const Cache* caches, int64_t layers, const int32_t* key_map, const int32_t* value_map,
+              const Moves& moves) {
   const std::size_t bytes = (moves.count * moves.head_dim * sizeof(Element) + 63) / 64 * 64;
   // A few rows are moved sooner than threads are woken.
   int64_t elements = 0;
-  for (int64_t l = 0; l < layers; ++l) elements += caches[l].kv_heads * moves.count * moves.head_dim;
+  for (int64_t l = 0; l < layers; ++l)
+    elements += caches[l].kv_heads * moves.count * moves.head_dim;
   const bool few = elements < kFewElements || layers < 2 || omp_in_parallel();
   const int threads = few ? 1 : omp_get_max_threads();
   char* memory = scratch_memory(bytes * threads);
-  REDRAFTER_OMP(parallel num_threads(threads) if(threads > 1)) {
+  REDRAFTER_OMP(parallel num_threads(threads) if (threads > 1)) {
     Element* rows = reinterpret_cast<Element*>(memory + bytes * omp_get_thread_num());
     for (int64_t l = omp_get_thread_num(); l < layers; l += omp_get_num_threads()) {
       const Cache& cache = caches[l];
       for (int64_t head = 0; head < cache.kv_heads; ++head) {
         move_rows(reinterpret_cast<char*>(cache.key) + head * cache.key_head, cache.key_block,
                   key_map, moves, rows);
-        move_rows(reinterpret_cast<char*>(cache.value) + head * cache.value_head,
-                  cache.value_block, value_map, moves, rows);
+        move_rows(reinterpret_cast<char*>(cache.value) + head * cache.value_head, cache.value_block,
+                  value_map, moves, rows);
       }
     }
   }

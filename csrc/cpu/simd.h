@@ -40,7 +40,7 @@ typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t vu16 __attribute__((vector_size(2 * kLanes)));
 
-// ---- bits, loads, stores (no alignment asked for) ------------------------------------------------
+// ---- bits, loads, stores (no alignment asked for) ---------------------------------------------
 
 template <class To, class From>
 REDRAFTER_INLINE To bits_as(From value) {
@@ -102,7 +102,7 @@ REDRAFTER_INLINE float reduce_max(vf v) {
 #endif
 }
 
-// ---- bfloat16 and IEEE half ----------------------------------------------------------------------
+// ---- bfloat16 and IEEE half -------------------------------------------------------------------
 
 REDRAFTER_INLINE float bf16_to_float(uint16_t h) { return bits_as<float>((uint32_t)h << 16); }
 
@@ -173,7 +173,7 @@ REDRAFTER_INLINE void store_half(uint16_t* target, vf value) {
 #endif
 }
 
-// ---- functions -----------------------------------------------------------------------------------
+// ---- functions --------------------------------------------------------------------------------
 
 // exp to a relative error of about 1e-7. Below -87.33 the result is 0 (also for -inf), above 88.37
 // it saturates near 2.4e38 (never infinite), NaN gives NaN.
@@ -197,8 +197,8 @@ REDRAFTER_INLINE vf exp(vf x) {
   return bits_as<vf>(bits_as<vi>(result) & ~underflow);
 }
 
-// 2^x for x <= 0 (larger x, up to 127, work too), for softmax weights; 0 for -inf and below -126, NaN
-// for NaN. Relative error: degree 6 about 1e-7 (float's own rounding), degree 4 about 4e-6.
+// 2^x for x <= 0 (larger x, up to 127, work too), for softmax weights; 0 for -inf and below -126,
+// NaN for NaN. Relative error: degree 6 about 1e-7 (float's own rounding), degree 4 about 4e-6.
 template <int kDegree>
 REDRAFTER_INLINE vf exp2_weight(vf x) {
   static_assert(kDegree == 6 || kDegree == 4, "polynomials of these degrees are here");
@@ -257,7 +257,7 @@ REDRAFTER_INLINE vf tanh(vf x) {
 // x / (1 + exp(-x))
 REDRAFTER_INLINE vf silu(vf x) { return x / (1.0f + exp(-x)); }
 
-// ---- pairs of bfloat16: acc[i] += a[2i] * b[2i] + a[2i+1] * b[2i+1], accumulated in float ---------
+// ---- pairs of bfloat16: acc[i] += a[2i] * b[2i] + a[2i+1] * b[2i+1], accumulated in float -----
 
 #ifdef REDRAFTER_HAS_BF16_DOT
 REDRAFTER_INLINE vf dot_bf16(vf acc, vu a, vu b) {

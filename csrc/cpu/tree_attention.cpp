@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Argument checks of redrafter::tree_attention on the CPU; the work is in tree_attention_kernel.cpp.
+// Argument checks of redrafter::tree_attention on the CPU; the work is in
+// tree_attention_kernel.cpp.
 #include "tree_attention_kernel.h"
 
 #include <torch/csrc/stable/library.h>
@@ -34,9 +35,8 @@ bool is_pairs(const int32_t* map, int block_size, int head_dim, bool pair_of_tok
   for (int t = 0; t < block_size; ++t) {
     int wrong = 0;
     for (int d = 0; d < head_dim; ++d) {
-      const int at = pair_of_tokens
-                         ? d / 16 * (block_size * 16) + t / 2 * 32 + d % 16 * 2 + t % 2
-                         : t / 16 * (head_dim * 16) + d / 2 * 32 + t % 16 * 2 + d % 2;
+      const int at = pair_of_tokens ? d / 16 * (block_size * 16) + t / 2 * 32 + d % 16 * 2 + t % 2
+                                    : t / 16 * (head_dim * 16) + d / 2 * 32 + t % 16 * 2 + d % 2;
       wrong |= map[t * head_dim + d] ^ at;
     }
     if (wrong) return false;
@@ -96,9 +96,9 @@ void tree_attention_cpu(const Tensor& out, const Tensor& query, const Tensor& ke
   check_dims(masks, 2, "masks");
 
   const int64_t tokens = query.size(0), query_heads = query.size(1), head_dim = query.size(2);
-  STD_TORCH_CHECK(
-      out.size(0) == tokens && out.size(1) == query_heads && out.size(2) == head_dim,
-      "out must have the shape of query, [", tokens, ", ", query_heads, ", ", head_dim, "].");
+  STD_TORCH_CHECK(out.size(0) == tokens && out.size(1) == query_heads && out.size(2) == head_dim,
+                  "out must have the shape of query, [", tokens, ", ", query_heads, ", ", head_dim,
+                  "].");
   const int64_t blocks = key_cache.size(0), kv_heads = key_cache.size(1);
   const int64_t block_size = key_cache.size(2);
   STD_TORCH_CHECK(value_cache.size(0) == blocks && value_cache.size(1) == kv_heads &&
@@ -125,9 +125,9 @@ void tree_attention_cpu(const Tensor& out, const Tensor& query, const Tensor& ke
   check_dtype(block_table, ScalarType::Int, "block_table");
   check_dtype(masks, ScalarType::Long, "masks");
   const int64_t max_blocks = block_table.size(1), words = masks.size(1);
-  STD_TORCH_CHECK((max_blocks < 2 || block_table.stride(1) == 1) &&
-                      (words < 2 || masks.stride(1) == 1),
-                  "block_table and masks must be contiguous in their last dimension.");
+  STD_TORCH_CHECK(
+      (max_blocks < 2 || block_table.stride(1) == 1) && (words < 2 || masks.stride(1) == 1),
+      "block_table and masks must be contiguous in their last dimension.");
   args.block_table = static_cast<const int32_t*>(block_table.const_data_ptr());
   args.block_table_stride = block_table.stride(0);
   args.masks = static_cast<const int64_t*>(masks.const_data_ptr());
@@ -137,9 +137,10 @@ void tree_attention_cpu(const Tensor& out, const Tensor& query, const Tensor& ke
   for (int64_t r = 0; r < requests; ++r) {
     const int64_t start = args.row_start[r], rows = args.row_count[r];
     const int64_t row = args.request_index[r], keys = args.context_lens[r] + rows;
-    STD_TORCH_CHECK(start >= 0 && rows >= 0 && start + rows <= tokens && start + rows <= masks.size(0),
-                    "request ", r, " has rows ", start, " to ", start + rows, " of ", tokens,
-                    " query rows and ", masks.size(0), " mask rows.");
+    STD_TORCH_CHECK(
+        start >= 0 && rows >= 0 && start + rows <= tokens && start + rows <= masks.size(0),
+        "request ", r, " has rows ", start, " to ", start + rows, " of ", tokens,
+        " query rows and ", masks.size(0), " mask rows.");
     STD_TORCH_CHECK(rows <= words * 64, "request ", r, " has ", rows, " rows; masks of ", words,
                     " words hold at most ", words * 64, ".");
     STD_TORCH_CHECK(row >= 0 && row < block_table.size(0), "request_index[", r, "] is ", row,
@@ -181,8 +182,9 @@ void tree_attention_cpu(const Tensor& out, const Tensor& query, const Tensor& ke
 }  // namespace redrafter
 
 // Called through ctypes by ops/kv_layout.py, once per engine.
-extern "C" __attribute__((visibility("default"))) int redrafter_recognise_layout(
-    const int32_t* map, int block_size, int head_dim) {
+extern "C" __attribute__((visibility("default"))) int redrafter_recognise_layout(const int32_t* map,
+                                                                                 int block_size,
+                                                                                 int head_dim) {
   return static_cast<int>(redrafter::recognise(map, block_size, head_dim));
 }
 

@@ -17,19 +17,19 @@ namespace {
 
 constexpr int kMaxTile = 128;  // keys per tile, at most
 constexpr int kMaskWords = kMaxTile / 64;
-constexpr int kGranule = 16;   // keys; cuts between threads fall on multiples of it
-constexpr int kMaxRows = 96;   // query rows of a unit: bounds the scratch memory
-constexpr int kGroup = 6;      // query rows that share one pass over a tile in registers
+constexpr int kGranule = 16;      // keys; cuts between threads fall on multiples of it
+constexpr int kMaxRows = 96;      // query rows of a unit: bounds the scratch memory
+constexpr int kGroup = 6;         // query rows that share one pass over a tile in registers
 constexpr int kMinCost = 12 * 4;  // row-granules below which another thread does not pay
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kColumns = 4;    // vectors of kLanes columns held in registers: 6 * 4 of 32
+constexpr int kColumns = 4;  // vectors of kLanes columns held in registers: 6 * 4 of 32
 #else
-constexpr int kColumns = 2;    // 6 * 2 of 16
+constexpr int kColumns = 2;  // 6 * 2 of 16
 #endif
 constexpr float kMinusInf = -__builtin_inff();
 constexpr float kLog2E = 1.44269504088896341f;
 
-// ---- element types -------------------------------------------------------------------------------
+// ---- element types ----------------------------------------------------------------------------
 
 struct Float {
   typedef float type;
@@ -50,7 +50,7 @@ struct Half {
   REDRAFTER_INLINE float widen(type x) { return half_to_float(x); }
 };
 
-// ---- where keys and values of a tile lie ---------------------------------------------------------
+// ---- where keys and values of a tile lie ------------------------------------------------------
 
 // Keys [first, first + count) of one request, for one KV head.
 struct TileSource {
@@ -79,15 +79,15 @@ REDRAFTER_INLINE void for_each_run(const TileSource& tile, const int64_t (&strid
   }
 }
 
-// ---- products in float ---------------------------------------------------------------------------
+// ---- products in float ------------------------------------------------------------------------
 
 // Everything that differs between the two ways to multiply: how a tile of keys and values is
 // prepared, how queries and probabilities are stored, and the two products.
 template <class Element>
 struct FloatMath {
   typedef typename Element::type type;
-  typedef float Operand;                             // queries and probabilities
-  static constexpr int kTile = 64;                   // keys at a time: a tile fits the L1 cache
+  typedef float Operand;            // queries and probabilities
+  static constexpr int kTile = 64;  // keys at a time: a tile fits the L1 cache
   REDRAFTER_INLINE int key_floats(int head_dim) { return head_dim * kTile; }
   REDRAFTER_INLINE int value_floats(int head_dim) { return head_dim * kTile; }
 
@@ -103,15 +103,16 @@ struct FloatMath {
   // Cached floats that lie as the product wants them are used where they are. `padded` tokens must
   // be in the block since whole vectors are loaded.
   REDRAFTER_INLINE bool in_place(const TileSource& tile, int padded) {
-    return sizeof(type) == sizeof(float) && tile.first % tile.args->block_size + padded <=
-                                                tile.args->block_size;
+    return sizeof(type) == sizeof(float) &&
+           tile.first % tile.args->block_size + padded <= tile.args->block_size;
   }
 
   // Tiles end where blocks do as long as that leaves them large: then nothing is copied.
   REDRAFTER_INLINE int tile_count(const TreeAttentionArgs& args, int first, int end) {
     int most = end - first < kTile ? end - first : kTile;
     const int in_block = args.block_size - first % args.block_size;
-    if (sizeof(type) == sizeof(float) && in_block < most && args.block_size >= kTile) most = in_block;
+    if (sizeof(type) == sizeof(float) && in_block < most && args.block_size >= kTile)
+      most = in_block;
     return most;
   }
 
@@ -242,13 +243,14 @@ struct FloatMath {
     for (int r = 0; r < kR; ++r) {
       for (int v = 0; v < kV; ++v) {
         float* to = out + r * head_dim + column + v * kLanes;
-        REDRAFTER_VARIANT::store(to, fmadd(REDRAFTER_VARIANT::load(to), broadcast(decay[r]), acc[r][v]));
+        REDRAFTER_VARIANT::store(
+            to, fmadd(REDRAFTER_VARIANT::load(to), broadcast(decay[r]), acc[r][v]));
       }
     }
   }
 };
 
-// ---- products of bfloat16 pairs, summed in float -------------------------------------------------
+// ---- products of bfloat16 pairs, summed in float ----------------------------------------------
 
 #ifdef REDRAFTER_HAS_BF16_DOT
 // Keys and values become rows of 32-bit pairs: two neighbours along the summed axis side by side.
@@ -371,8 +373,7 @@ struct Bf16Math {
       } else {
         for (int d = 0; d < head_dim; ++d) {
           const type a = cache[regions[t] + args.value_map[first[t] + d]];
-          const type b =
-              lone ? 0 : cache[regions[t + 1] + args.value_map[first[t + 1] + d]];
+          const type b = lone ? 0 : cache[regions[t + 1] + args.value_map[first[t + 1] + d]];
           target[d] = pair(a, b);
         }
       }
@@ -417,9 +418,8 @@ struct Bf16Math {
     vf sum = zero();
     for (int c = 0; c < count; c += 2 * kLanes) {
       const vf low = exp2_weight<4>(load(row + c) * factor - offset);
-      const vf high = c + kLanes < count
-                          ? exp2_weight<4>(load(row + c + kLanes) * factor - offset)
-                          : zero();
+      const vf high =
+          c + kLanes < count ? exp2_weight<4>(load(row + c + kLanes) * factor - offset) : zero();
       const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
       memcpy(to + c, &both, sizeof(both));
       sum = dot_bf16(sum, bits_as<vu>(both), ones);
@@ -445,19 +445,20 @@ struct Bf16Math {
     for (int r = 0; r < kR; ++r) {
       for (int v = 0; v < kV; ++v) {
         float* to = out + r * head_dim + column + v * kLanes;
-        REDRAFTER_VARIANT::store(to, fmadd(REDRAFTER_VARIANT::load(to), broadcast(decay[r]), acc[r][v]));
+        REDRAFTER_VARIANT::store(
+            to, fmadd(REDRAFTER_VARIANT::load(to), broadcast(decay[r]), acc[r][v]));
       }
     }
   }
 };
 #endif
 
-// ---- one unit ------------------------------------------------------------------------------------
+// ---- one unit ---------------------------------------------------------------------------------
 
 struct Unit {
   int request;
-  int head;      // KV head
-  int first_row; // of the request's rows times query heads per KV head
+  int head;       // KV head
+  int first_row;  // of the request's rows times query heads per KV head
   int rows;
 };
 
@@ -469,13 +470,13 @@ struct Piece {
   int slot;
 };
 
-// Results of `rows` query rows so far. `max` is of scores in units of the exponent, scale * log2(e):
-// the rounded number itself is kept, so that the same one is subtracted from scores and compared
-// later. Weights are relative to 2^max.
+// Results of `rows` query rows so far. `max` is of scores in units of the exponent, scale *
+// log2(e): the rounded number itself is kept, so that the same one is subtracted from scores and
+// compared later. Weights are relative to 2^max.
 struct State {
-  float* out;   // [rows][head_dim], not yet divided by the sum
-  float* max;   // [rows]
-  float* sum;   // [rows][kLanes], to be added up
+  float* out;  // [rows][head_dim], not yet divided by the sum
+  float* max;  // [rows]
+  float* sum;  // [rows][kLanes], to be added up
 };
 
 // Which of the 64 keys from logical position `first` on a row may see: all of the context, then
@@ -614,7 +615,9 @@ static void run_piece(const TreeAttentionArgs& args, const Piece& piece, char* s
         const int64_t* mask = args.masks + row * args.mask_stride;
         for (int w = 0; w < kMaskWords; ++w) {
           const int left = tile.count - 64 * w;
-          const uint64_t inside = left >= 64 ? ~(uint64_t)0 : left > 0 ? ((uint64_t)1 << left) - 1 : 0;
+          const uint64_t inside = left >= 64 ? ~(uint64_t)0
+                                  : left > 0 ? ((uint64_t)1 << left) - 1
+                                             : 0;
           bits[m * kMaskWords + w] =
               inside & visible(mask, args.mask_words, context, tile.first + 64 * w);
         }
@@ -626,9 +629,9 @@ static void run_piece(const TreeAttentionArgs& args, const Piece& piece, char* s
       const State at = {state.out + m * head_dim, state.max + m, state.sum + m * kLanes};
       const Operand* q = query + (int64_t)m * head_dim;
       const uint64_t* at_bits = masked ? bits + m * kMaskWords : nullptr;
-#define REDRAFTER_ROWS(n)                                                    \
-  case n:                                                                    \
-    tile_rows<Math, n>(args, tile.count, q, keys, values, at_bits, at);      \
+#define REDRAFTER_ROWS(n)                                               \
+  case n:                                                               \
+    tile_rows<Math, n>(args, tile.count, q, keys, values, at_bits, at); \
     break;
       switch (rows - m) {
         REDRAFTER_ROWS(1)
@@ -644,7 +647,7 @@ static void run_piece(const TreeAttentionArgs& args, const Piece& piece, char* s
   }
 }
 
-// ---- results -------------------------------------------------------------------------------------
+// ---- results ----------------------------------------------------------------------------------
 
 template <class Element>
 REDRAFTER_INLINE void write_row(const TreeAttentionArgs& args, const Unit& unit, int m,
@@ -692,7 +695,7 @@ static void merge_row(const TreeAttentionArgs& args, const Unit& unit, int m, co
   write_row<Element>(args, unit, m, result, inverse(reduce_add(total)));
 }
 
-// ---- the whole call ------------------------------------------------------------------------------
+// ---- the whole call ---------------------------------------------------------------------------
 
 REDRAFTER_INLINE size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -731,10 +734,10 @@ static void run(const TreeAttentionArgs& args) {
   const size_t state_bytes = aligned(sizeof(float) * most_rows * head_dim) +
                              aligned(sizeof(float) * most_rows) +
                              aligned(sizeof(float) * most_rows * kLanes);
-  const size_t part_bytes = aligned(sizeof(float) * (Math::key_floats(head_dim) +
-                                                     Math::value_floats(head_dim))) +
-                            aligned(sizeof(float) * most_rows * head_dim) + state_bytes +
-                            aligned(sizeof(float) * head_dim);
+  const size_t part_bytes =
+      aligned(sizeof(float) * (Math::key_floats(head_dim) + Math::value_floats(head_dim))) +
+      aligned(sizeof(float) * most_rows * head_dim) + state_bytes +
+      aligned(sizeof(float) * head_dim);
   const int max_slots = 2 * parts, max_pieces = units + parts;
   const size_t plan_bytes = aligned(sizeof(Piece) * max_pieces) + aligned(sizeof(Split) * parts) +
                             aligned(sizeof(State) * max_slots);
@@ -782,8 +785,8 @@ static void run(const TreeAttentionArgs& args) {
             const int last = end * kGranule < keys ? end * kGranule : keys;
             pieces[num_pieces++] = {unit, begin * kGranule, last, part, -1};
           }
-          if (end < granules || (part + 1 < parts &&
-                                 done + cost * granules >= total * (part + 1) / parts)) {
+          if (end < granules ||
+              (part + 1 < parts && done + cost * granules >= total * (part + 1) / parts)) {
             ++part;
           }
           begin = end;
@@ -798,7 +801,7 @@ static void run(const TreeAttentionArgs& args) {
     }
   }
 
-  REDRAFTER_OMP(parallel num_threads(parts) if(parts > 1)) {
+  REDRAFTER_OMP(parallel num_threads(parts) if (parts > 1)) {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     char* own = part_memory + part_bytes * thread;
     float* row_result = (float*)(void*)own;
@@ -822,8 +825,8 @@ static void run(const TreeAttentionArgs& args) {
       for (int s = 0; s < num_splits; ++s) {
         for (int m = 0; m < splits[s].unit.rows; ++m) {
           if (index++ % threads != thread) continue;
-          merge_row<Element>(args, splits[s].unit, m, slots + splits[s].first_slot,
-                             splits[s].count, row_result);
+          merge_row<Element>(args, splits[s].unit, m, slots + splits[s].first_slot, splits[s].count,
+                             row_result);
         }
       }
     }

@@ -2,6 +2,7 @@
 """The arithmetic of a comparison on runs with known times, and the protocol with engines faked."""
 
 import json
+import time
 
 import pytest
 
@@ -13,11 +14,16 @@ from vllm_redrafter.demo.compare import (
     Run,
     Settings,
     compare,
-    compare_outputs,
+    first_difference,
     repeated_share,
     turned,
 )
-from vllm_redrafter.demo.engine_process import EngineFailed, Generation, SpecCounters
+from vllm_redrafter.demo.engine_process import (
+    EngineFailed,
+    Generation,
+    SpecCounters,
+    machine_cpu_seconds,
+)
 
 
 def run(variant, round_, group, seconds, ids=(1, 2, 3, 4), **generation):
@@ -94,10 +100,21 @@ def test_equality_names_the_first_difference():
     assert equality.share == 0.5
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [({}, {}), ({1: [1]}, {2: [1]}), ({1: [1]}, {})])
-def test_equality_of_other_prompts_is_an_error(ours, theirs):
-    with pytest.raises(ValueError, match="cannot compare"):
-        compare_outputs(ours, theirs)
+def test_equality_counts_prompts_and_wants_every_round():
+    runs = []
+    for round_, last in enumerate([(3, 3), (4, 3)]):
+        for group, token in enumerate(last):
+            runs.append(run("plain", round_, group, 1, (1, 3)))
+            runs.append(run("fast", round_, group, 1, (1, token)))
+    assert comparison(runs).equality("fast") == Equality(equal=1, total=2, first_differences=(1,))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "at"),
+    [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1], [1, 2], 1), ([], [], None), ([5], [], 0)],
+)
+def test_first_difference(ours, theirs, at):
+    assert first_difference(ours, theirs) == at
 
 
 def test_self_equality_is_against_the_same_prompts():
@@ -145,7 +162,7 @@ def test_json_is_plain_and_complete(two_rounds, tmp_path):
     two_rounds.save(tmp_path / "c.json")
     read = json.loads((tmp_path / "c.json").read_text())
     assert read["ratio"]["fast"]["median"] == 1.5
-    assert read["equality"]["fast"]["equal"] == 4
+    assert read["equality"]["fast"]["equal"] == 2
     assert read["baseline_at_other_batch_size"] is None
     assert len(read["runs"]) == 8
     assert read["settings"]["rounds"] == 2
@@ -234,6 +251,25 @@ def test_only_the_own_settings_differ():
     assert plain_env["OMP_NUM_THREADS"] == "3" and plain_env["A"] == "1"
 
 
+def test_intel_openmp_is_used_where_it_is_installed(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare_module.sys, "prefix", str(tmp_path))
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    assert compare_module.openmp_environment() == {}
+    library = tmp_path / "lib" / "libiomp5.so"
+    library.parent.mkdir()
+    library.touch()
+    assert compare_module.openmp_environment()["LD_PRELOAD"] == str(library)
+    monkeypatch.setenv("LD_PRELOAD", "/mine.so")
+    assert compare_module.openmp_environment() == {}
+
+
+@pytest.mark.parametrize(("asked", "threads"), [("3", 3), ("", 2), ("0", 2), ("many", 2)])
+def test_threads_follow_the_environment(monkeypatch, asked, threads):
+    monkeypatch.setattr(compare_module, "physical_cores", lambda: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert compare_module.default_threads() == threads
+
+
 def rendered(thing):
     from rich.console import Console
 
@@ -253,7 +289,7 @@ def test_table_shows_the_figures(two_rounds):
     assert rows["acceptance length"] == ["–", "2.50"]
     assert rows["accepted at depth 1, 2, ..."] == ["–", "1.00 0.50"]
     assert rows["drafted nodes per step"] == ["–", "5.0"]
-    assert rows["outputs equal to plain"] == ["–", "4 of 4 (100 %)"]
+    assert rows["outputs equal to plain"] == ["–", "2 of 2 (100 %)"]
 
 
 @pytest.mark.parametrize(
@@ -283,3 +319,20 @@ def test_notes_report_loops_and_the_yardstick():
     text = "\n".join(notes)
     assert "1 of 2 answers go in circles" in text and "without them: fast 1.00" in text
     assert "at batch size 8 equals plain vLLM at batch size 1 in 1 of 2 (50 %)" in text
+
+
+def test_a_busy_machine_is_reported():
+    runs = [run(name, 0, 0, 2.0, other_cpu_seconds=1.0) for name in ("plain", "fast")]
+    busy = comparison(runs)
+    assert busy.other_load() == 0.5
+    assert "other programs used 0.5 cores" in "\n".join(report.notes(busy))
+    idle = comparison([run(name, 0, 0, 2.0) for name in ("plain", "fast")])
+    assert "busy" not in "\n".join(report.notes(idle))
+
+
+def test_processor_time_of_the_machine_grows_with_work():
+    before, own = machine_cpu_seconds(), time.process_time()
+    while time.process_time() - own < 0.2:
+        pass
+    # /proc/stat counts in ticks of 10 ms, on every processor.
+    assert machine_cpu_seconds() - before >= 0.15

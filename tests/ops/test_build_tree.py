@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vllm_redrafter.drafter.beam_search import FILLER_SCORE, Beams
 from vllm_redrafter.ops import build_tree as module
@@ -34,7 +35,11 @@ def random_beams(
         flat = (before[:, :, None] + steps).flatten(1)
         order = flat.sort(dim=-1, descending=True, stable=True)
         before, index = order.values[:, :width], order.indices[:, :width]
-        tokens[:, depth], parents[:, depth], scores[:, depth] = index % vocab, index // vocab, before
+        tokens[:, depth], parents[:, depth], scores[:, depth] = (
+            index % vocab,
+            index // vocab,
+            before,
+        )
     return Beams(root, tokens, parents, scores)
 
 

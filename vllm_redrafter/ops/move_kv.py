@@ -62,7 +62,9 @@ class MoveKV:
             )
         self.block_size, self.head_dim, self.element_size = kinds.pop()
         if self.element_size not in (1, 2, 4):
-            raise ValueError(f"A cache element has {self.element_size} bytes; 1, 2 or 4 can be moved.")
+            raise ValueError(
+                f"A cache element has {self.element_size} bytes; 1, 2 or 4 can be moved."
+            )
         self.key_caches, self.value_caches = list(key_caches), list(value_caches)
         self.key_map = tag(key_map, self.block_size, self.head_dim)
         self.value_map = tag(value_map, self.block_size, self.head_dim)

@@ -31,7 +31,7 @@ def tree_attention(
     softcap: float,
     compute_dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Twin of ``vllm_redrafter.ops.tree_attention``; float64 makes it the reference of the tests."""
+    """Twin of ``vllm_redrafter.ops.tree_attention``; in float64 the tests' reference."""
     heads, kv_heads = query.shape[1], key_cache.shape[1]
     for r in range(request_index.numel()):
         start, rows, context = int(row_start[r]), int(row_count[r]), int(context_lens[r])

@@ -107,6 +107,7 @@ class TreeRunnerMixin:
     # -- before the forward pass -----------------------------------------------------------
 
     def _update_states(self, scheduler_output: Any) -> Any:
+        self._step = None
         for req_id in scheduler_output.finished_req_ids:
             self._trees.pop(req_id, None)
         return super()._update_states(scheduler_output)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tree pays: plain vLLM, chains and trees of several sizes on the same MT-bench prompts.
+
+Every setting is an engine in a process of its own and all take turns (see
+``vllm_redrafter.demo.compare``). Needs about 1.5 GB of memory per setting and a quiet machine:
+
+    python benchmarks/tree_sizes.py --batch-size 1 --json benchmarks/results/tree_sizes_batch1.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vllm_redrafter.cli.demo import BUNDLED_DRAFTER
+from vllm_redrafter.demo.compare import Comparison, Settings, compare
+from vllm_redrafter.demo.prompts import chat_token_ids, mt_bench, spread
+from vllm_redrafter.demo.target import smollm2
+
+PLAIN = "plain vLLM"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        default=["1,3,3", "4,2,5", "4,3,7", "4,3,11", "8,3,15"],
+        metavar="W,L,N",
+        help="beam width, draft length, nodes (default %(default)s)",
+    )
+    parser.add_argument("--tree", default="best", choices=("best", "beams"))
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    variants: dict[str, dict | None] = {PLAIN: None}
+    for setting in args.settings:
+        width, length, nodes = map(int, setting.split(","))
+        variants[setting] = {
+            "method": "redrafter",
+            "model": str(BUNDLED_DRAFTER),
+            "beam_width": width,
+            "draft_length": length,
+            "num_speculative_tokens": nodes,
+            "tree": args.tree,
+        }
+    target = smollm2()
+    settings = Settings(
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        max_tokens=args.max_tokens,
+        rounds=args.rounds,
+        max_model_len=1024,
+        kv_cache_bytes=256 << 20,
+    )
+    prompts = chat_token_ids(spread(mt_bench(), args.prompts), target)
+    result = compare(target, variants, prompts, settings)
+    print(table(result))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        # Paths of the machine that measured say nothing to a reader.
+        result.target = Path(result.target).name
+        for config in result.variants.values():
+            if config:
+                config["model"] = Path(config["model"]).name
+        result.save(args.json)
+
+
+def table(result: Comparison) -> str:
+    """Markdown, one row per setting; the ratio's spread is its quartiles over prompt pairs."""
+    lines = [
+        "| W, L, N | tokens/s | ratio (median; quartiles) | acceptance length | ms per step |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name in result.variants:
+        summary = result.summary(name)
+        ratio = "1"
+        if name != result.baseline:
+            r = result.ratio(name)
+            ratio = f"{r.overall:.2f} ({r.median:.2f}; {r.low:.2f} to {r.high:.2f})"
+        length = f"{summary.acceptance_length:.2f}" if summary.acceptance_length else "1"
+        lines.append(
+            f"| {name} | {summary.tokens_per_second:.1f} | {ratio} | {length} | "
+            f"{summary.ms_per_step:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
