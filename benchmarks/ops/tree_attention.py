@@ -6,7 +6,7 @@ per layer on caches of their own; "cold" steps come after a sweep over other mem
 caches out of L2 and L3, as a model's weights do. The two kernels take turns, step by step; printed
 are medians, and the ratio of medians.
 
-    python benchmarks/ops/tree_attention.py [--json FILE] [--threads N] [--steps N]
+    python benchmarks/ops/tree_attention.py [--json FILE] [--threads N] [--steps N] [--only NAME]
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the results there too")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--only", default="", help="shapes whose name contains this")
     args = parser.parse_args()
     if not compiled_available():
         raise SystemExit(why_not())
@@ -132,8 +133,13 @@ def main() -> None:
     print(
         f"{platform.processor() or platform.machine()}, {isa()}, {torch.get_num_threads()} threads"
     )
-    print(f"{'':42}{'dtype':>9}{'':>6}{'ours':>10}{'vLLM':>10}{'ratio':>7}{'min':>7}  us per layer")
+    print(
+        f"{'':42}{'dtype':>9}{'':>6}{'ours':>10}{'vLLM':>10}{'ratio':>7}"
+        f"{'min ours':>9}{'vLLM':>8}{'ratio':>7}  us per layer"
+    )
     for name, *shape in SHAPES:
+        if args.only not in name:
+            continue
         for dtype in (torch.bfloat16, torch.float32):
             case = Case(dtype, *shape)
             case.ours(), case.vllm()
@@ -156,7 +162,8 @@ def main() -> None:
                 results.append(row)
                 print(
                     f"{name:42}{row['dtype']:>9}{temperature:>6}{median['ours']:10.1f}"
-                    f"{median['vllm']:10.1f}{row['ratio']:7.2f}{best['ours'] / best['vllm']:7.2f}"
+                    f"{median['vllm']:10.1f}{row['ratio']:7.2f}{best['ours']:9.1f}"
+                    f"{best['vllm']:8.1f}{best['ours'] / best['vllm']:7.2f}"
                 )
     if args.json:
         with open(args.json, "w") as file:

@@ -81,9 +81,7 @@ def test_names_of_files(name, as_file, tmp_path):
 
 def test_old_pickle_format(tmp_path):
     src = pickled("base", tmp_path / "apple")
-    torch.save(
-        tensors_of("base"), src / "pytorch_model.bin", _use_new_zipfile_serialization=False
-    )
+    torch.save(tensors_of("base"), src / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert main(["convert", str(src), str(tmp_path / "ours")]) == 0
     assert_same_drafter("base", tmp_path / "ours")
 

@@ -115,9 +115,7 @@ def test_logprobs_are_equal(servers):
         ours_rows, plain_rows = answer["logprobs"], expected["logprobs"]
         assert ours_rows["tokens"] == plain_rows["tokens"]
         assert len(ours_rows["top_logprobs"]) == len(answer["token_ids"])
-        for mine, theirs in zip(
-            ours_rows["top_logprobs"], plain_rows["top_logprobs"], strict=True
-        ):
+        for mine, theirs in zip(ours_rows["top_logprobs"], plain_rows["top_logprobs"], strict=True):
             assert mine.keys() == theirs.keys()
             assert all(math.isclose(mine[t], theirs[t], abs_tol=1e-3) for t in mine)
 

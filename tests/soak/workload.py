@@ -130,9 +130,7 @@ async def ask(engine: Any, request: Request, aborts: bool) -> Answer:
     return answer
 
 
-async def serve(
-    engine: Any, mix: list[Request], *, aborts: bool
-) -> dict[int, Answer]:
+async def serve(engine: Any, mix: list[Request], *, aborts: bool) -> dict[int, Answer]:
     """All requests with their arrivals; answers by number."""
     tasks = []
     for request in mix:

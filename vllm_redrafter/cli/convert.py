@@ -234,9 +234,7 @@ def usual_names(tensors: Mapping[str, Tensor], src: Path) -> dict[str, Tensor]:
 def config_from_shapes(tensors: Mapping[str, Tensor], src: Path) -> DrafterConfig:
     """The config of Apple's format that fits the tensors, for a checkpoint without config.json."""
     heads = [
-        int(name.split(".")[1])
-        for name in tensors
-        if re.fullmatch(r"lm_head\.\d+\.weight", name)
+        int(name.split(".")[1]) for name in tensors if re.fullmatch(r"lm_head\.\d+\.weight", name)
     ]
     if len(heads) != 1 or DRAFT_VOCAB in tensors:
         why = (

@@ -14,8 +14,8 @@ from vllm_redrafter.demo.compare import Comparison, Equality
 BUSY_CORES = 0.15
 
 
-def results_table(comparison: Comparison, labels: Mapping[str, str]) -> Table:
-    """One column per variant, one row per figure.
+def results_table(comparison: Comparison, labels: Mapping[str, str]) -> RenderableType:
+    """One column per variant, one row per figure, under a line that says what ran.
 
     Args:
         comparison: a finished comparison.
@@ -24,7 +24,7 @@ def results_table(comparison: Comparison, labels: Mapping[str, str]) -> Table:
     names = list(comparison.variants)
     summaries = {name: comparison.summary(name) for name in names}
     ratios = {name: comparison.ratio(name) for name in names if name != comparison.baseline}
-    table = Table(title=_title(comparison), title_justify="left", title_style="bold")
+    table = Table()
     table.add_column("")
     for name in names:
         table.add_column(labels.get(name, name), justify="right")
@@ -70,7 +70,7 @@ def results_table(comparison: Comparison, labels: Mapping[str, str]) -> Table:
         "outputs equal to plain",
         {n: equality_text(comparison.equality(n)) for n in names if n != comparison.baseline},
     )
-    return table
+    return Group(Text(_title(comparison), style="bold"), table)
 
 
 def equality_text(equality: Equality) -> str:
@@ -151,6 +151,6 @@ def _title(comparison: Comparison) -> str:
     prompts = len({prompt for run in comparison.runs for prompt in run.prompts})
     return (
         f"{settings.dtype}, batch size {settings.batch_size}, {prompts} prompts, "
-        f"up to {settings.max_tokens} tokens, {settings.rounds} rounds, "
+        f"up to {settings.max_tokens} tokens, {settings.rounds} round{'s'[: settings.rounds > 1]}, "
         f"{settings.num_threads} threads"
     )
