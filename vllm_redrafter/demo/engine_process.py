@@ -109,7 +109,7 @@ class EngineProcess:
     def start(self) -> None:
         """Launch the child and hand it the engine's arguments."""
         self._pipe, theirs = Pipe()
-        self._log = tempfile.NamedTemporaryFile(prefix="vllm-redrafter-", suffix=".log")
+        self._log = tempfile.TemporaryFile()  # without a name: nothing is left behind
         fd = theirs.fileno()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "vllm_redrafter.demo.engine_process", str(fd)],
@@ -160,7 +160,10 @@ class EngineProcess:
         """The last lines that the child printed."""
         if self._log is None:
             return ""
-        text = Path(self._log.name).read_text(errors="replace")
+        size = os.fstat(self._log.fileno()).st_size
+        start = max(0, size - (1 << 16))
+        # pread: the child writes at the offset that both share.
+        text = os.pread(self._log.fileno(), size - start, start).decode(errors="replace")
         return "\n".join(text.splitlines()[-lines:])
 
     def _send(self, message: tuple[Any, ...]) -> None:
