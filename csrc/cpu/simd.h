@@ -192,7 +192,8 @@ REDRAFTER_INLINE vf exp(vf x) {
   q = fmadd(q, r, broadcast(0.5000000013557447f));
   q = fmadd(q, r, broadcast(1.0000000108513993f));
   const vf mantissa = fmadd(q, r, broadcast(1.0f));
-  const vi exponent = (bits_as<vi>(shifted) - 0x4b400000 + 127) << 23;
+  // Unsigned: for inputs whose result is masked out these bits mean nothing and may wrap.
+  const vu exponent = (bits_as<vu>(shifted) - (0x4b400000u - 127u)) << 23;
   const vf result = mantissa * bits_as<vf>(exponent);
   return bits_as<vf>(bits_as<vi>(result) & ~underflow);
 }
@@ -231,7 +232,8 @@ REDRAFTER_INLINE vf exp2_weight(vf x) {
 #if defined(__AVX512F__)
   return (vf)_mm512_scalef_ps((__m512)mantissa, whole);
 #else
-  const vi exponent = (bits_as<vi>(shifted) - 0x4b400000 + 127) << 23;
+  // Unsigned: for inputs whose result is masked out these bits mean nothing and may wrap.
+  const vu exponent = (bits_as<vu>(shifted) - (0x4b400000u - 127u)) << 23;
   const vf result = mantissa * bits_as<vf>(exponent);
   return bits_as<vf>(bits_as<vi>(result) & ~underflow);
 #endif
