@@ -102,6 +102,15 @@ def top_k_lowest_index(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.gather(1, indices), indices
 
 
+def check_settings(beam_width: int, draft_length: int, top_k: int) -> None:
+    """Raise ValueError for a beam that cannot be: W or L below 1, or k below 0."""
+    if beam_width < 1 or draft_length < 1 or top_k < 0:
+        raise ValueError(
+            f"beam_width {beam_width} and draft_length {draft_length} must be at least 1, and "
+            f"top_k {top_k} at least 0."
+        )
+
+
 @torch.inference_mode()
 def beam_search(
     drafter: Drafter,
@@ -137,11 +146,7 @@ def beam_search(
     """
     if top_k is None:
         top_k = drafter.config.defaults.get("top_k", 0)
-    if beam_width < 1 or draft_length < 1 or top_k < 0:
-        raise ValueError(
-            f"beam_width {beam_width} and draft_length {draft_length} must be at least 1, and "
-            f"top_k {top_k} at least 0."
-        )
+    check_settings(beam_width, draft_length, top_k)
     batch, width = token.shape[0], beam_width
     context = context[:, None, :].expand(batch, width, -1)
     last = token[:, None].expand(batch, width)

@@ -18,7 +18,7 @@ import mmap
 import torch
 from torch import Tensor
 
-from vllm_redrafter.drafter.beam_search import Beams, beam_search
+from vllm_redrafter.drafter.beam_search import Beams, beam_search, check_settings
 from vllm_redrafter.drafter.model import Drafter
 from vllm_redrafter.ops.library import compiled_available
 
@@ -107,11 +107,7 @@ class CompiledDraft:
     ) -> None:
         if top_k is None:
             top_k = drafter.config.defaults.get("top_k", 0)
-        if beam_width < 1 or draft_length < 1 or top_k < 0:
-            raise ValueError(
-                f"beam_width {beam_width} and draft_length {draft_length} must be at least 1, and "
-                f"top_k {top_k} at least 0."
-            )
+        check_settings(beam_width, draft_length, top_k)
         config = drafter.config
         embedding = drafter.embedding if embedding is None else embedding
         if embedding is None:
