@@ -3,22 +3,32 @@
 // (STABLE_TORCH_LIBRARY_IMPL); the meaning of the arguments is documented in vllm_redrafter/ops.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(redrafter, m) {
+#include "common/registry.h"
+
+STABLE_TORCH_LIBRARY(REDRAFTER_LIBRARY, m) {
   m.def(
-      "tree_attention(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache, "
-      "Tensor key_map, Tensor value_map, Tensor block_table, Tensor request_index, "
-      "Tensor row_start, Tensor row_count, Tensor context_lens, Tensor masks, float scale, "
-      "float softcap) -> ()");
-  m.def(
-      "build_tree(Tensor(a!) out_tokens, Tensor(b!) out_parents, Tensor(c!) out_depths, "
-      "Tensor(d!) out_masks, Tensor(e!) out_num_nodes, Tensor root, Tensor tokens, "
-      "Tensor parents, Tensor scores, bool best) -> ()");
-  // `caches` holds addresses: it is marked as written for what is written through it.
-  m.def(
-      "move_kv(Tensor(a!) caches, Tensor key_map, Tensor value_map, Tensor src_slots, "
-      "Tensor dst_slots, int block_size, int head_dim, int element_size) -> ()");
+      "beam_step(Tensor(a!) tokens, Tensor(b!) parents, Tensor(c!) scores, "
+      "Tensor(d!)? out_state, Tensor logits, Tensor beam_scores, Tensor? state, "
+      "Tensor? draft_vocab, int top_k) -> ()");
   m.def(
       "draft(Tensor(a!) tokens, Tensor(b!) parents, Tensor(c!) scores, Tensor context, "
       "Tensor token, Tensor embedding, Tensor? draft_vocab, Tensor[] layers, int head_rows, "
       "int exit_dim, int num_blocks, bool rnn, int top_k) -> ()");
+  m.def(
+      "build_tree(Tensor(a!) out_tokens, Tensor(b!) out_parents, Tensor(c!) out_depths, "
+      "Tensor(d!) out_masks, Tensor(e!) out_num_nodes, Tensor root, Tensor tokens, "
+      "Tensor parents, Tensor scores, bool best) -> ()");
+  m.def(
+      "tree_attention(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache, "
+      "Tensor? key_map, Tensor? value_map, Tensor block_table, Tensor request_index, "
+      "Tensor row_start, Tensor row_count, Tensor context_lens, Tensor masks, float scale, "
+      "float softcap) -> ()");
+  m.def(
+      "walk(Tensor(a!) path, Tensor(b!) num_accepted, Tensor(c!) last_node, "
+      "Tensor(d!) next_token, Tensor tokens, Tensor parents, Tensor num_nodes, "
+      "Tensor target_tokens) -> ()");
+  // `caches` holds addresses: it is marked as written for what is written through it.
+  m.def(
+      "move_kv(Tensor(a!) caches, Tensor? key_map, Tensor? value_map, Tensor src_slots, "
+      "Tensor dst_slots, int block_size, int head_dim, int element_size) -> ()");
 }
