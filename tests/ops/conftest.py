@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from emulation.build import load
 
 from vllm_redrafter.ops.library import ISAS, compiled_available, isa, set_isa, why_not
 
@@ -34,3 +35,17 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(
+    params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)],
+)
+def device_ops(request: pytest.FixtureRequest) -> tuple[object, torch.device]:
+    """The CUDA operators and the device of their tensors: emulated on the CPU, or on a GPU.
+
+    The emulation compiles the operator that the test file is named after, ``test_cuda_<name>.py``.
+    """
+    if request.param == "cuda":
+        return torch.ops.redrafter, torch.device("cuda")
+    name = request.path.stem.removeprefix("test_cuda_")
+    return load(name), torch.device("cpu")
