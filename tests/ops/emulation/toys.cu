@@ -6,14 +6,15 @@
 namespace redrafter::cuda {
 namespace {
 
-// out[b] = sum of the block's part of x; `barriers` says whether the tree of sums has them.
+// out[b] = sum of the block's part of x; without `barriers` only the first step of the tree of sums
+// waits for the other threads.
 __global__ void block_sum(const float* x, float* out, bool barriers) {
   REDRAFTER_DYNAMIC_SHARED(raw);
   float* sums = reinterpret_cast<float*>(raw);
   const int t = static_cast<int>(threadIdx.x);
   sums[t] = x[blockIdx.x * 128 + t];
   for (int half = 64; half > 0; half /= 2) {
-    if (barriers) __syncthreads();
+    if (barriers || half == 64) __syncthreads();
     if (t < half) sums[t] += sums[t + half];
   }
   if (t == 0) out[blockIdx.x] = sums[0];
