@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from vllm_redrafter.ops.kv_layout import offsets as map_offsets
+from vllm_redrafter.tree.walk import NO_NODE, walk_one
 
 MASK_WORD_BITS = 64
+
+# Integers of as many bytes.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def tree_attention(
@@ -77,8 +81,8 @@ def unpack_bits(masks: Tensor, count: int) -> Tensor:
 def move_kv(
     key_caches: list[Tensor],
     value_caches: list[Tensor],
-    key_map: Tensor,
-    value_map: Tensor,
+    key_map: Tensor | None,
+    value_map: Tensor | None,
     src_slots: Tensor,
     dst_slots: Tensor,
 ) -> None:
@@ -86,13 +90,44 @@ def move_kv(
     for caches, cache_map in ((key_caches, key_map), (value_caches, value_map)):
         for cache in caches:
             blocks, heads, block_size, head_dim = cache.shape
+            made = (src_slots >= 0) & (dst_slots >= 0)
+            if cache.is_cuda:  # on the CPU a slot behind the last one is an error
+                made &= (src_slots < blocks * block_size) & (dst_slots < blocks * block_size)
+            src, dst = src_slots[made], dst_slots[made]
+            bits = cache.view(_BITS[cache.element_size()])  # float8 cannot be indexed everywhere
+            if cache_map is None:
+                rows = bits[src // block_size, :, src % block_size]
+                bits[dst // block_size, :, dst % block_size] = rows
+                continue
             offsets = map_offsets(cache_map, block_size, head_dim)
             # [blocks, heads, region]: a view, so that writing to it writes to the cache.
-            regions = cache.as_strided(
+            regions = bits.as_strided(
                 (blocks, heads, block_size * head_dim), (cache.stride(0), cache.stride(1), 1)
             )
-            src_block, src_offset = src_slots // block_size, offsets[src_slots % block_size]
-            dst_block, dst_offset = dst_slots // block_size, offsets[dst_slots % block_size]
+            src_block, src_offset = src // block_size, offsets[src % block_size]
+            dst_block, dst_offset = dst // block_size, offsets[dst % block_size]
             head = torch.arange(heads)[None, :, None]
             rows = regions[src_block[:, None, None], head, src_offset[:, None, :]]
             regions[dst_block[:, None, None], head, dst_offset[:, None, :]] = rows
+
+
+def walk(
+    path: Tensor,
+    num_accepted: Tensor,
+    last_node: Tensor,
+    next_token: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    num_nodes: Tensor,
+    target_tokens: Tensor,
+) -> None:
+    """Twin of ``vllm_redrafter.ops.walk``: ``vllm_redrafter.tree.walk.walk_one`` per request."""
+    path.fill_(NO_NODE)
+    for b, count in enumerate(num_nodes.tolist()):
+        count = max(count, 1)
+        targets = target_tokens[b, :count].tolist()
+        nodes = walk_one(tokens[b, :count].tolist(), parents[b, :count].tolist(), targets)
+        nodes = nodes[: path.shape[1]]
+        last = nodes[-1] if nodes else 0
+        path[b, : len(nodes)] = torch.tensor(nodes, dtype=torch.int64)
+        num_accepted[b], last_node[b], next_token[b] = len(nodes), last, targets[last]
