@@ -272,6 +272,19 @@ def find_ninja() -> str | None:
     return shutil.which("ninja") or (str(beside_python) if beside_python.is_file() else None)
 
 
+def build_library(build: Path) -> Path:
+    """Compile csrc/ in the folder ``build``, as far as it is out of date there; the library."""
+    made = build / "_ops.so"
+    steps = plan(build, made, find_torch(), Compiler())
+    ninja = find_ninja()
+    with only_one(build):
+        if ninja:
+            run_with_ninja(ninja, build, steps)
+        else:
+            run_without_ninja(steps)
+    return made
+
+
 class BuildOps(build_ext):
     """Compiles csrc/ itself: the library is not a Python extension module (torch loads it)."""
 
@@ -286,15 +299,8 @@ class BuildOps(build_ext):
         # edit should compile one file.
         build = ROOT / "build" / f"ops-{sys.platform}-{platform.machine()}"
         build.mkdir(parents=True, exist_ok=True)
-        made = build / "_ops.so"
         try:
-            steps = plan(build, made, find_torch(), Compiler())
-            ninja = find_ninja()
-            with only_one(build):
-                if ninja:
-                    run_with_ninja(ninja, build, steps)
-                else:
-                    run_without_ninja(steps)
+            made = build_library(build)
         except (subprocess.CalledProcessError, CannotBuild) as error:
             if MODE == "1":
                 raise
