@@ -207,7 +207,9 @@ def check_compiled_ops() -> Iterator[Check]:
     from vllm_redrafter import ops
 
     if ops.compiled_available():
-        yield Check("compiled operators", Status.OK, f"loaded ({ops.isa()})")
+        cuda = ops.cuda_architectures()
+        built_for = f"CUDA {cuda}" if cuda else "built without CUDA"
+        yield Check("compiled operators", Status.OK, f"loaded ({ops.isa()}; {built_for})")
     else:
         yield Check(
             "compiled operators",
