@@ -5,6 +5,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
+#include <vector>
+
 #include "common/check.h"
 #include "scratch.h"
 
@@ -54,21 +57,37 @@ KvLayout recognise(const int32_t* map, int block_size, int head_dim) {
 
 // A map may end with one more entry, what `recognise` said of it (ops/kv_layout.py puts it there):
 // reading a whole map at every call costs more than a microsecond.
-KvLayout layout_of(const Tensor& map, int64_t block_size, int64_t head_dim, const char* name,
-                   const int32_t** data) {
+//
+// Without a map the cache's own strides are put into one, `own`.
+KvLayout layout_of(const std::optional<Tensor>& map, const Tensor& cache, const char* name,
+                   std::vector<int32_t>& own, const int32_t** data) {
+  const int64_t block_size = cache.size(2), head_dim = cache.size(3);
   const int64_t entries = block_size * head_dim;
-  const bool tagged = map.dim() == 1 && map.size(0) == entries + 1;
-  *data = vector_data<int32_t>(map, ScalarType::Int, entries + (tagged ? 1 : 0), name);
-  if (tagged) return static_cast<KvLayout>((*data)[entries]);
+  if (!map.has_value()) {
+    const int64_t token = cache.stride(2), feature = cache.stride(3);
+    STD_TORCH_CHECK(token * block_size + feature * head_dim < INT32_MAX, name,
+                    " is needed: the cache's strides within a block are too large.");
+    own.resize(entries);
+    for (int64_t t = 0; t < block_size; ++t) {
+      for (int64_t d = 0; d < head_dim; ++d) {
+        own[t * head_dim + d] = static_cast<int32_t>(t * token + d * feature);
+      }
+    }
+    *data = own.data();
+  } else {
+    const bool tagged = map->dim() == 1 && map->size(0) == entries + 1;
+    *data = vector_data<int32_t>(*map, ScalarType::Int, entries + (tagged ? 1 : 0), name);
+    if (tagged) return static_cast<KvLayout>((*data)[entries]);
+  }
   return recognise(*data, static_cast<int>(block_size), static_cast<int>(head_dim));
 }
 
 void tree_attention_cpu(const Tensor& out, const Tensor& query, const Tensor& key_cache,
-                        const Tensor& value_cache, const Tensor& key_map, const Tensor& value_map,
-                        const Tensor& block_table, const Tensor& request_index,
-                        const Tensor& row_start, const Tensor& row_count,
-                        const Tensor& context_lens, const Tensor& masks, double scale,
-                        double softcap) {
+                        const Tensor& value_cache, const std::optional<Tensor>& key_map,
+                        const std::optional<Tensor>& value_map, const Tensor& block_table,
+                        const Tensor& request_index, const Tensor& row_start,
+                        const Tensor& row_count, const Tensor& context_lens, const Tensor& masks,
+                        double scale, double softcap) {
   TreeAttentionArgs args;
   const ScalarType dtype = query.scalar_type();
   switch (dtype) {
@@ -115,8 +134,10 @@ void tree_attention_cpu(const Tensor& out, const Tensor& query, const Tensor& ke
   STD_TORCH_CHECK(scale > 0, "scale is ", scale, "; it must be positive.");
 
   const int64_t requests = request_index.size(0);
-  args.key_layout = layout_of(key_map, block_size, head_dim, "key_map", &args.key_map);
-  args.value_layout = layout_of(value_map, block_size, head_dim, "value_map", &args.value_map);
+  std::vector<int32_t> own_key_map, own_value_map;
+  args.key_layout = layout_of(key_map, key_cache, "key_map", own_key_map, &args.key_map);
+  args.value_layout =
+      layout_of(value_map, value_cache, "value_map", own_value_map, &args.value_map);
   args.request_index =
       vector_data<int32_t>(request_index, ScalarType::Int, requests, "request_index");
   args.row_start = vector_data<int32_t>(row_start, ScalarType::Int, requests, "row_start");

@@ -142,3 +142,22 @@ def attention_case(
         scale=head_dim**-0.5,
         softcap=softcap,
     )
+
+
+def by_strides(case: AttentionCase, *, interleaved: bool = False) -> AttentionCase:
+    """The same tokens in caches without maps; K and V side by side in the last dimension or not."""
+    blocks, heads, block_size, dim = case.key_cache.shape
+    both = torch.full((2, blocks, heads, block_size, dim), torch.nan, dtype=case.query.dtype)
+    for cache, cache_map, to in (
+        (case.key_cache, case.key_map, both[0]),
+        (case.value_cache, case.value_map, both[1]),
+    ):
+        offsets = cache_map[: block_size * dim].long()
+        regions = cache.as_strided(
+            (blocks, heads, block_size * dim), (cache.stride(0), cache.stride(1), 1)
+        )
+        to.copy_(regions[:, :, offsets].view(blocks, heads, block_size, dim))
+    if interleaved:  # as vLLM 0.33 has it, tokens before heads in memory
+        joined = torch.cat([both[0], both[1]], -1).transpose(1, 2).contiguous().transpose(1, 2)
+        both = joined.split(dim, -1)
+    return case.but(key_cache=both[0], value_cache=both[1], key_map=None, value_map=None)

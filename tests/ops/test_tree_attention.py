@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from paged_cases import LAYOUTS, AttentionCase, attention_case, layout_maps
+from paged_cases import LAYOUTS, AttentionCase, attention_case, by_strides, layout_maps
 from torch import Tensor
 
 from vllm_redrafter.ops import reference
@@ -337,3 +337,21 @@ def test_bad_arguments():
     expect("masks", masks=case.masks.int())
     expect("scale is 0", scale=0.0)
     expect("softcap is -1", softcap=-1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_without_maps_strides_say_where_tokens_are(dtype, interleaved):
+    torch.manual_seed(0)
+    case = by_strides(attention_case(dtype, [33, 0], [5, 9]), interleaved=interleaved)
+    out = torch.full_like(case.query, 77)
+    tree_attention(out, *case.args())
+    twin = torch.full_like(case.query, 77)
+    reference.tree_attention(twin, *case.args())
+    exact, size = case.exact()
+    covered = case.covered()
+    # Two roundings to the type, as in the other tests of this file.
+    eps = max(3e-6, 1.05 * torch.finfo(dtype).eps)
+    for found in (out, twin):
+        assert ((found.double() - exact).abs() <= eps * size + 1e-6)[covered].all()
+        assert (found[~covered] == 77).all()

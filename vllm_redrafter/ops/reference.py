@@ -23,8 +23,8 @@ def tree_attention(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    key_map: Tensor,
-    value_map: Tensor,
+    key_map: Tensor | None,
+    value_map: Tensor | None,
     block_table: Tensor,
     request_index: Tensor,
     row_start: Tensor,
@@ -51,7 +51,7 @@ def tree_attention(
         scores = torch.einsum("ihd,jhd->hij", row_query, keys) * scale
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
-        sees = torch.ones(rows, context + rows, dtype=torch.bool)
+        sees = torch.ones(rows, context + rows, dtype=torch.bool, device=query.device)
         sees[:, context:] = unpack_bits(masks[start : start + rows], rows)
         scores = scores.masked_fill(~sees, -torch.inf)
         # A row that sees nothing has no softmax: its result is 0.
@@ -62,11 +62,13 @@ def tree_attention(
         out[start : start + rows] = result.permute(1, 0, 2).to(out.dtype)
 
 
-def gather_tokens(cache: Tensor, cache_map: Tensor, blocks: Tensor, count: int) -> Tensor:
+def gather_tokens(cache: Tensor, cache_map: Tensor | None, blocks: Tensor, count: int) -> Tensor:
     """The first ``count`` tokens of a request, ``[count, kv_heads, head_dim]``, through the map."""
     _, heads, block_size, head_dim = cache.shape
-    offsets = map_offsets(cache_map, block_size, head_dim)
     used = blocks[: -(-count // block_size)].long()
+    if cache_map is None:
+        return cache[used].transpose(1, 2).flatten(0, 1)[:count]
+    offsets = map_offsets(cache_map, block_size, head_dim)
     regions = cache[used].reshape(used.numel(), heads, block_size * head_dim)
     tokens = regions[:, :, offsets]  # [blocks, heads, block_size, head_dim]
     return tokens.transpose(1, 2).flatten(0, 1)[:count]
@@ -74,7 +76,7 @@ def gather_tokens(cache: Tensor, cache_map: Tensor, blocks: Tensor, count: int) 
 
 def unpack_bits(masks: Tensor, count: int) -> Tensor:
     """``[rows, words]`` int64 to ``[rows, count]`` bool, bit j % 64 of word j // 64."""
-    column = torch.arange(count)
+    column = torch.arange(count, device=masks.device)
     return (masks[:, column // MASK_WORD_BITS] >> (column % MASK_WORD_BITS) & 1).bool()
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_redrafter.ops import reference
-from vllm_redrafter.ops.library import compiled_available
+from vllm_redrafter.ops.library import compiled_available, has_kernel
 
 
 def tree_attention(
@@ -15,8 +15,8 @@ def tree_attention(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    key_map: Tensor,
-    value_map: Tensor,
+    key_map: Tensor | None,
+    value_map: Tensor | None,
     block_table: Tensor,
     request_index: Tensor,
     row_start: Tensor,
@@ -38,13 +38,15 @@ def tree_attention(
         out: ``[T, query_heads, head_dim]``, written; any strides.
         query: ``[T, query_heads, head_dim]`` float32, bfloat16 or float16; any strides.
             ``query_heads`` is a multiple of ``kv_heads``, ``head_dim`` of 16.
-        key_cache: ``[blocks, kv_heads, block_size, head_dim]``, dtype of query, any strides in
-            the first two dimensions. The last two are not indexed by shape: a (block, head)
-            region is ``block_size * head_dim`` consecutive elements, in the order of ``key_map``.
+        key_cache: ``[blocks, kv_heads, block_size, head_dim]``, dtype of query. Without a map any
+            strides. With one, any in the first two dimensions, and the last two are not indexed
+            by shape: a (block, head) region is ``block_size * head_dim`` consecutive elements, in
+            the order of ``key_map``.
         value_cache: the same with ``value_map``.
-        key_map: int32 ``[block_size * head_dim]``: feature d of token t of a block lies at offset
-            ``key_map[t * head_dim + d]`` of its region. Token-minor, token-major and vLLM's AMX
-            orders are quick, any other works. May carry the tag of ``ops.kv_layout.tag``.
+        key_map: None, or on the CPU int32 ``[block_size * head_dim]``: feature d of token t of a
+            block lies at offset ``key_map[t * head_dim + d]`` of its region. Token-minor,
+            token-major and vLLM's AMX orders are quick, any other works. May carry the tag of
+            ``ops.kv_layout.tag``.
         value_map: the same for values.
         block_table: int32 ``[requests, max_blocks]``, block numbers by logical position.
         request_index: int32 ``[R]``, row of ``block_table``.
@@ -55,10 +57,14 @@ def tree_attention(
         scale: factor on the scores.
         softcap: 0 for off, else scores become ``softcap * tanh(score / softcap)``.
 
+    On CUDA nothing is read back: a block number outside the cache is a key that nobody sees, and
+    counts that exceed the tensors are cut. There, with bfloat16 or float16, a value that is not
+    finite in one node reaches the other nodes of its request; elsewhere only those that see it.
+
     Raises:
         RuntimeError: arguments that do not fit each other (compiled operator).
     """
-    if compiled_available() and query.device.type == "cpu":
+    if has_kernel(query.device):
         operator = torch.ops.redrafter.tree_attention.default
     else:
         operator = reference.tree_attention
