@@ -7,40 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tree_cases import random_beams
 
-from vllm_redrafter.drafter.beam_search import FILLER_SCORE, Beams
+from vllm_redrafter.drafter.beam_search import Beams
 from vllm_redrafter.ops import build_tree as module
 from vllm_redrafter.ops.build_tree import build_tree
 from vllm_redrafter.tree.build import build_tree as twin_build_tree
-
-
-def random_beams(
-    batch: int, length: int, width: int, vocab: int, *, seed: int, step: float = 0.0
-) -> Beams:
-    """Beams as a search leaves them: distinct candidates, best first, no score above its parent's.
-
-    A ``step`` rounds log-probabilities to its multiples, so that scores tie.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    root = torch.randint(vocab, (batch,), generator=generator)
-    shape = (batch, length, width)
-    tokens, parents = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.int64)
-    scores = torch.empty(shape)
-    before = torch.full((batch, width), FILLER_SCORE)
-    before[:, 0] = 0
-    for depth in range(length):
-        steps = torch.log_softmax(torch.randn(batch, width, vocab, generator=generator) * 3, -1)
-        if step:
-            steps = (steps / step).round() * step
-        flat = (before[:, :, None] + steps).flatten(1)
-        order = flat.sort(dim=-1, descending=True, stable=True)
-        before, index = order.values[:, :width], order.indices[:, :width]
-        tokens[:, depth], parents[:, depth], scores[:, depth] = (
-            index % vocab,
-            index // vocab,
-            before,
-        )
-    return Beams(root, tokens, parents, scores)
 
 
 def assert_identical(beams: Beams, rule: str, num_nodes: int | None) -> None:
@@ -117,7 +89,7 @@ def test_bad_arguments():
 
 def test_without_the_library_the_twin_answers(monkeypatch):
     beams = random_beams(2, 3, 4, 50, seed=5)
-    monkeypatch.setattr(module, "compiled_available", lambda: False)
+    monkeypatch.setattr(module, "has_kernel", lambda device: False)
     monkeypatch.setattr(torch.ops.redrafter.build_tree, "default", None)  # a call would be an error
     assert_identical(beams, "best", 7)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random trees and the target's answers to them."""
+"""Random drafts, random trees and the target's answers to them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 import torch
 from torch import Tensor
 
+from vllm_redrafter.drafter.beam_search import FILLER_SCORE, Beams
 from vllm_redrafter.tree.tree import Tree
 
 
@@ -48,3 +49,32 @@ def random_walk_case(
             agrees = children and source.random() < 0.8
             target[b, node] = source.choice(children) if agrees else source.randrange(vocab)
     return tree, target
+
+
+def random_beams(
+    batch: int, length: int, width: int, vocab: int, *, seed: int, step: float = 0.0
+) -> Beams:
+    """Beams as a search leaves them: distinct candidates, best first, no score above its parent's.
+
+    A ``step`` rounds log-probabilities to its multiples, so that scores tie.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randint(vocab, (batch,), generator=generator)
+    shape = (batch, length, width)
+    tokens, parents = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.int64)
+    scores = torch.empty(shape)
+    before = torch.full((batch, width), FILLER_SCORE)
+    before[:, 0] = 0
+    for depth in range(length):
+        steps = torch.log_softmax(torch.randn(batch, width, vocab, generator=generator) * 3, -1)
+        if step:
+            steps = (steps / step).round() * step
+        flat = (before[:, :, None] + steps).flatten(1)
+        order = flat.sort(dim=-1, descending=True, stable=True)
+        before, index = order.values[:, :width], order.indices[:, :width]
+        tokens[:, depth], parents[:, depth], scores[:, depth] = (
+            index % vocab,
+            index // vocab,
+            before,
+        )
+    return Beams(root, tokens, parents, scores)

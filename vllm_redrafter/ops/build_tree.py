@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_redrafter.drafter.beam_search import Beams
-from vllm_redrafter.ops.library import compiled_available
+from vllm_redrafter.ops.library import compiled_available, has_kernel
 from vllm_redrafter.tree import build as twin
 from vllm_redrafter.tree.rules import TREE_RULES, TreeRule
 from vllm_redrafter.tree.tree import MASK_WORD_BITS, Tree
@@ -19,7 +19,8 @@ def build_tree(
     """``vllm_redrafter.tree.build.build_tree`` and its ``Tree.packed_mask``, in one compiled call.
 
     All integers are those of the twin, padding included; trees are padded to the largest of the
-    batch.
+    batch. On CUDA, where nothing is read back, they are padded to ``num_nodes + 1`` columns (or to
+    as many as W and L allow), and a call can be captured in a CUDA graph.
 
     Args:
         beams: the draft.
@@ -33,28 +34,39 @@ def build_tree(
 
     Raises:
         ValueError: an unknown rule, or ``num_nodes`` below 0.
-        RuntimeError: beams that are none (compiled operator): a parent outside the beam width, or
-            under ``best`` a candidate with a higher score than its parent's.
+        RuntimeError: beams that are none (compiled operator, on the CPU): a parent outside the
+            beam width, or under ``best`` a candidate with a higher score than its parent's. On
+            CUDA such candidates are left out, with all that hangs on them.
     """
     if rule not in TREE_RULES or (num_nodes is not None and num_nodes < 0):
         twin.build_tree(beams, rule, num_nodes)  # raises
-    if not (compiled_available() and beams.tokens.device.type == "cpu"):
-        tree = twin.build_tree(beams, rule, num_nodes)
-        return tree, tree.packed_mask()
+    device = beams.tokens.device
+    if not has_kernel(device):
+        return _twin(beams, rule, num_nodes)
     batch, length, width = beams.tokens.shape
     most = 1 + (length * width if num_nodes is None else min(num_nodes, length * width))
-    tokens, parents, depths = torch.empty(3, batch, most, dtype=torch.int64)
-    masks = torch.empty(batch, most, -(-most // MASK_WORD_BITS), dtype=torch.int64)
-    counts = torch.empty(batch, dtype=torch.int64)
+    tokens, parents, depths = torch.empty(3, batch, most, dtype=torch.int64, device=device)
+    words = -(-most // MASK_WORD_BITS)
+    masks = torch.empty(batch, most, words, dtype=torch.int64, device=device)
+    counts = torch.empty(batch, dtype=torch.int64, device=device)
     torch.ops.redrafter.build_tree.default(
         tokens, parents, depths, masks, counts, beams.root.contiguous(), beams.tokens.contiguous(),
         beams.parents.contiguous(), beams.scores.contiguous(), rule == "best",
     )  # fmt: skip
-    used = int(counts.max()) if batch else 1
-    if used < most:
+    if device.type == "cpu":
+        used = int(counts.max()) if batch else 1
         tokens, parents, depths = tokens[:, :used], parents[:, :used], depths[:, :used]
         masks = masks[:, :used, : -(-used // MASK_WORD_BITS)]
     return Tree(tokens, parents, depths, counts), masks
+
+
+def _twin(beams: Beams, rule: TreeRule, num_nodes: int | None) -> tuple[Tree, Tensor]:
+    """The twin works on the CPU; its tree goes back to where the beams are."""
+    device = beams.tokens.device
+    here = Beams(**{name: tensor.cpu() for name, tensor in vars(beams).items()})
+    tree = twin.build_tree(here, rule, num_nodes)
+    masks = tree.packed_mask().to(device)
+    return Tree(**{name: tensor.to(device) for name, tensor in vars(tree).items()}), masks
 
 
 if compiled_available():
