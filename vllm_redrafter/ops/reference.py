@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vllm_redrafter.drafter.beam_search import log_probabilities, top_k_lowest_index
 from vllm_redrafter.ops.kv_layout import offsets as map_offsets
 from vllm_redrafter.tree.walk import NO_NODE, walk_one
 
@@ -133,3 +134,28 @@ def walk(
         last = nodes[-1] if nodes else 0
         path[b, : len(nodes)] = torch.tensor(nodes, dtype=torch.int64)
         num_accepted[b], last_node[b], next_token[b] = len(nodes), last, targets[last]
+
+
+def beam_step(
+    tokens: Tensor,
+    parents: Tensor,
+    scores: Tensor,
+    out_state: Tensor | None,
+    logits: Tensor,
+    beam_scores: Tensor,
+    state: Tensor | None,
+    draft_vocab: Tensor | None,
+    top_k: int,
+) -> None:
+    """Twin of ``vllm_redrafter.ops.beam_step``: a step of ``drafter.beam_search.beam_search``."""
+    batch, rows, vocab = logits.shape
+    width = beam_scores.shape[1]
+    candidates = beam_scores[:, :, None] + log_probabilities(logits, top_k).expand(batch, width, -1)
+    best, flat = top_k_lowest_index(candidates.flatten(1), width)
+    parent, row = flat // vocab, flat % vocab
+    tokens.copy_(row if draft_vocab is None else draft_vocab[row])
+    parents.copy_(parent)
+    scores.copy_(best)
+    if out_state is not None and state is not None:
+        at = parent if rows == width else torch.zeros_like(parent)
+        out_state.copy_(state.gather(1, at[:, :, None].expand_as(out_state)))
