@@ -4,8 +4,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <optional>
 
 #include "common/check.h"
+#include "common/move_kv_table.h"
 #include "common/threads.h"
 #include "scratch.h"
 
@@ -14,39 +16,57 @@ namespace {
 
 constexpr int64_t kFewElements = 1 << 15;
 
-// One row of the table that MoveKV prepares; addresses and strides in bytes.
-struct Cache {
-  int64_t key, value;
-  int64_t key_block, key_head;
-  int64_t value_block, value_head;
-  int64_t kv_heads, blocks;
-};
-constexpr int64_t kColumns = sizeof(Cache) / sizeof(int64_t);
-
 struct Moves {
   const int64_t* src;
   const int64_t* dst;
   int64_t count;
   int64_t block_size, head_dim;
+
+  // A negative slot fills a list of moves up.
+  bool made(int64_t i) const { return src[i] >= 0 && dst[i] >= 0; }
 };
 
-// K or V of one head. Every row is read before any is written: along an accepted path the slot that
-// one row goes to may be the slot that another comes from.
+// K or V of one head. With a map a token's features lie where it says in their block, without one
+// they are consecutive, and tokens `token` bytes apart.
+struct Head {
+  char* first;
+  int64_t block, token;
+  const int32_t* map;
+};
+
 template <class Element>
-void move_rows(char* cache, int64_t block_stride, const int32_t* map, const Moves& moves,
-               Element* rows) {
-  const int64_t dim = moves.head_dim;
+void read_row(const Head& head, int64_t slot, const Moves& moves, Element* row) {
+  const int64_t offset = slot % moves.block_size, dim = moves.head_dim;
+  const char* block = head.first + slot / moves.block_size * head.block;
+  if (head.map == nullptr) {
+    std::memcpy(row, block + offset * head.token, dim * sizeof(Element));
+    return;
+  }
+  const int32_t* at = head.map + offset * dim;
+  for (int64_t d = 0; d < dim; ++d) row[d] = reinterpret_cast<const Element*>(block)[at[d]];
+}
+
+template <class Element>
+void write_row(const Head& head, int64_t slot, const Moves& moves, const Element* row) {
+  const int64_t offset = slot % moves.block_size, dim = moves.head_dim;
+  char* block = head.first + slot / moves.block_size * head.block;
+  if (head.map == nullptr) {
+    std::memcpy(block + offset * head.token, row, dim * sizeof(Element));
+    return;
+  }
+  const int32_t* at = head.map + offset * dim;
+  for (int64_t d = 0; d < dim; ++d) reinterpret_cast<Element*>(block)[at[d]] = row[d];
+}
+
+// Every row is read before any is written: along an accepted path the slot that one row goes to may
+// be the slot that another comes from.
+template <class Element>
+void move_rows(const Head& head, const Moves& moves, Element* rows) {
   for (int64_t i = 0; i < moves.count; ++i) {
-    const int64_t block = moves.src[i] / moves.block_size, token = moves.src[i] % moves.block_size;
-    const Element* region = reinterpret_cast<const Element*>(cache + block * block_stride);
-    const int32_t* at = map + token * dim;
-    for (int64_t d = 0; d < dim; ++d) rows[i * dim + d] = region[at[d]];
+    if (moves.made(i)) read_row(head, moves.src[i], moves, rows + i * moves.head_dim);
   }
   for (int64_t i = 0; i < moves.count; ++i) {
-    const int64_t block = moves.dst[i] / moves.block_size, token = moves.dst[i] % moves.block_size;
-    Element* region = reinterpret_cast<Element*>(cache + block * block_stride);
-    const int32_t* at = map + token * dim;
-    for (int64_t d = 0; d < dim; ++d) region[at[d]] = rows[i * dim + d];
+    if (moves.made(i)) write_row(head, moves.dst[i], moves, rows + i * moves.head_dim);
   }
 }
 
@@ -65,24 +85,28 @@ void move_all(const Cache* caches, int64_t layers, const int32_t* key_map, const
     Element* rows = reinterpret_cast<Element*>(memory + bytes * omp_get_thread_num());
     for (int64_t l = omp_get_thread_num(); l < layers; l += omp_get_num_threads()) {
       const Cache& cache = caches[l];
+      char* key = reinterpret_cast<char*>(cache.key);
+      char* value = reinterpret_cast<char*>(cache.value);
       for (int64_t head = 0; head < cache.kv_heads; ++head) {
-        move_rows(reinterpret_cast<char*>(cache.key) + head * cache.key_head, cache.key_block,
-                  key_map, moves, rows);
-        move_rows(reinterpret_cast<char*>(cache.value) + head * cache.value_head, cache.value_block,
-                  value_map, moves, rows);
+        move_rows({key + head * cache.key_head, cache.key_block, cache.key_token, key_map}, moves,
+                  rows);
+        move_rows({value + head * cache.value_head, cache.value_block, cache.value_token,
+                   value_map},
+                  moves, rows);
       }
     }
   }
 }
 
-void move_kv_cpu(const Tensor& caches, const Tensor& key_map, const Tensor& value_map,
-                 const Tensor& src_slots, const Tensor& dst_slots, int64_t block_size,
-                 int64_t head_dim, int64_t element_size) {
+void move_kv_cpu(const Tensor& caches, const std::optional<Tensor>& key_map,
+                 const std::optional<Tensor>& value_map, const Tensor& src_slots,
+                 const Tensor& dst_slots, int64_t block_size, int64_t head_dim,
+                 int64_t element_size) {
   check_dtype(caches, ScalarType::Long, "caches");
   check_dims(caches, 2, "caches");
   check_dims(src_slots, 1, "src_slots");
-  STD_TORCH_CHECK(caches.size(1) == kColumns && caches.is_contiguous(),
-                  "caches must be a contiguous table of ", kColumns, " columns.");
+  STD_TORCH_CHECK(caches.size(1) == kCacheColumns && caches.is_contiguous(),
+                  "caches must be a contiguous table of ", kCacheColumns, " columns.");
   STD_TORCH_CHECK(block_size > 0 && head_dim > 0, "block_size ", block_size, " and head_dim ",
                   head_dim, " must be positive.");
   const int64_t layers = caches.size(0);
@@ -96,19 +120,21 @@ void move_kv_cpu(const Tensor& caches, const Tensor& key_map, const Tensor& valu
   const int64_t entries = block_size * head_dim;
   const int32_t* maps[2];
   for (int i = 0; i < 2; ++i) {
-    const Tensor& map = i == 0 ? key_map : value_map;
+    const std::optional<Tensor>& map = i == 0 ? key_map : value_map;
     const char* name = i == 0 ? "key_map" : "value_map";
-    check_dims(map, 1, name);
-    const int64_t tag = map.size(0) == entries + 1 ? 1 : 0;  // see ops/kv_layout.py
-    maps[i] = vector_data<int32_t>(map, ScalarType::Int, entries + tag, name);
+    maps[i] = nullptr;
+    if (!map.has_value()) continue;
+    check_dims(*map, 1, name);
+    const int64_t tag = map->size(0) == entries + 1 ? 1 : 0;  // see ops/kv_layout.py
+    maps[i] = vector_data<int32_t>(*map, ScalarType::Int, entries + tag, name);
   }
   for (int64_t l = 0; l < layers; ++l) {
     const int64_t slots = table[l].blocks * block_size;
     for (int64_t i = 0; i < moves.count; ++i) {
       STD_TORCH_CHECK(
-          moves.src[i] >= 0 && moves.src[i] < slots && moves.dst[i] >= 0 && moves.dst[i] < slots,
-          "move ", i, " goes from slot ", moves.src[i], " to ", moves.dst[i],
-          "; the cache has slots 0 to ", slots - 1, ".");
+          !moves.made(i) || (moves.src[i] < slots && moves.dst[i] < slots), "move ", i,
+          " goes from slot ", moves.src[i], " to ", moves.dst[i], "; the cache has slots 0 to ",
+          slots - 1, ".");
     }
   }
   if (moves.count == 0) return;

@@ -189,3 +189,23 @@ def test_opcheck():
         (mover.table, mover.key_map, mover.value_map, torch.tensor([3, 4]), torch.tensor([2, 3]),
          BLOCK_SIZE, HEAD_DIM, 4),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_maps_strides_say_where_tokens_are(dtype):
+    """K and V side by side in the last dimension, tokens before heads in memory."""
+    torch.manual_seed(5)
+    size = torch.empty((), dtype=dtype).element_size()
+    shape = (BLOCKS, BLOCK_SIZE, HEADS, 2 * HEAD_DIM * size)
+    raw = torch.randint(0, 256, shape, dtype=torch.uint8)
+    before = raw.clone().flatten(0, 1)
+    key, value = raw.view(dtype).transpose(1, 2).split(HEAD_DIM, -1)
+    src, dst = [20, 21, -1, 40, 7], [21, 22, 3, -1, 20]
+    MoveKV([key], [value])(torch.tensor(src), torch.tensor(dst))
+    assert torch.equal(raw.flatten(0, 1), moved(before, [20, 21, 7], [21, 22, 20]))
+
+
+def test_features_must_be_consecutive_without_maps():
+    cache = torch.zeros(BLOCKS, HEADS, HEAD_DIM, BLOCK_SIZE).transpose(2, 3)
+    with pytest.raises(ValueError, match="features of a token must be consecutive"):
+        MoveKV([cache], [cache.clone()])

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from vllm_redrafter.ops import reference
 from vllm_redrafter.ops.kv_layout import tag
-from vllm_redrafter.ops.library import compiled_available
+from vllm_redrafter.ops.library import compiled_available, has_kernel
 
-# Columns of the table of caches; csrc/cpu/move_kv.cpp names them.
-TABLE_COLUMNS = 8
+# Columns of the table of caches; csrc/common/move_kv_table.h names them.
+TABLE_COLUMNS = 10
 
 
 class MoveKV:
@@ -26,25 +26,28 @@ class MoveKV:
     for one. The caches must stay where they are; this object keeps them alive.
 
     Args:
-        key_caches: per layer ``[blocks, kv_heads, block_size, head_dim]``, any strides in the
-            first two dimensions; a (block, head) region is ``block_size * head_dim`` consecutive
-            elements of 1, 2 or 4 bytes, which are moved as bits. No cache may be listed twice.
-        value_caches: the same for V.
-        key_map: int32 ``[block_size * head_dim]``, where feature d of token t lies in a region of
-            K, at index ``t * head_dim + d``. One map serves all layers.
+        key_caches: per layer ``[blocks, kv_heads, block_size, head_dim]``, elements of 1, 2 or 4
+            bytes, which are moved as bits. Without a map any strides in the first three
+            dimensions, features consecutive. With a map any strides in the first two; a (block,
+            head) region is then ``block_size * head_dim`` consecutive elements. No cache may be
+            listed twice.
+        value_caches: the same for V; K and V may be interleaved in one tensor.
+        key_map: None, or int32 ``[block_size * head_dim]``, where feature d of token t lies in a
+            region of K, at index ``t * head_dim + d``. One map serves all layers. On the CPU only.
         value_map: the same for V.
 
     Raises:
-        ValueError: caches of different block size, head size or element size, an element size
-            other than 1, 2 and 4, or a map that is not a permutation.
+        ValueError: caches of different block size, head size, element size or device, an element
+            size other than 1, 2 and 4, features that are not consecutive, or a map that is not a
+            permutation or for caches that are not on the CPU.
     """
 
     def __init__(
         self,
         key_caches: list[Tensor],
         value_caches: list[Tensor],
-        key_map: Tensor,
-        value_map: Tensor,
+        key_map: Tensor | None = None,
+        value_map: Tensor | None = None,
     ) -> None:
         if not key_caches or len(key_caches) != len(value_caches):
             raise ValueError(
@@ -65,25 +68,54 @@ class MoveKV:
             raise ValueError(
                 f"A cache element has {self.element_size} bytes; 1, 2 or 4 can be moved."
             )
+        devices = sorted({str(cache.device) for cache in (*key_caches, *value_caches)})
+        if len(devices) != 1:
+            raise ValueError(
+                f"All caches of a KV group must be on one device, not {' and '.join(devices)}."
+            )
+        device = key_caches[0].device
         self.key_caches, self.value_caches = list(key_caches), list(value_caches)
-        self.key_map = tag(key_map, self.block_size, self.head_dim)
-        self.value_map = tag(value_map, self.block_size, self.head_dim)
+        self.key_map = self._checked_map("key", self.key_caches, key_map)
+        self.value_map = self._checked_map("value", self.value_caches, value_map)
         rows = zip(key_caches, value_caches, strict=True)
-        self.table = torch.tensor([_table_row(key, value) for key, value in rows])
+        self.table = torch.tensor([_table_row(key, value) for key, value in rows], device=device)
+
+    def _checked_map(
+        self, name: str, caches: list[Tensor], cache_map: Tensor | None
+    ) -> Tensor | None:
+        if cache_map is None:
+            for cache in caches:
+                if self.head_dim > 1 and cache.stride(3) != 1:
+                    raise ValueError(
+                        f"Without a map the features of a token must be consecutive; a {name} "
+                        f"cache has strides {list(cache.stride())}."
+                    )
+            return None
+        device = caches[0].device
+        if device.type != "cpu":
+            raise ValueError(
+                f"Maps are for caches on the CPU; pass no {name}_map for caches on {device}."
+            )
+        return tag(cache_map, self.block_size, self.head_dim)
 
     def __call__(self, src_slots: Tensor, dst_slots: Tensor) -> None:
         """Copy K and V of every slot ``src_slots[i]`` to slot ``dst_slots[i]``, in every layer.
 
         All sources are read before any destination is written, so the two may overlap in any way.
 
+        A move with a negative source or destination is skipped, so that a list of fixed length can
+        be filled up with -1. Beyond the last slot a move is an error on the CPU, and skipped on
+        CUDA, where nothing is read back.
+
         Args:
-            src_slots: int64 ``[M]``, block * block_size + offset in the block.
+            src_slots: int64 ``[M]``, block * block_size + offset in the block; on the caches'
+                device.
             dst_slots: int64 ``[M]``, no slot twice.
 
         Raises:
-            RuntimeError: a slot outside the cache (compiled operator).
+            RuntimeError: on the CPU, a slot beyond the cache (compiled operator).
         """
-        if compiled_available() and self.table.device == self.key_caches[0].device:
+        if has_kernel(self.table.device):
             torch.ops.redrafter.move_kv.default(
                 self.table, self.key_map, self.value_map, src_slots, dst_slots,
                 self.block_size, self.head_dim, self.element_size,
@@ -102,6 +134,7 @@ def _table_row(key: Tensor, value: Tensor) -> list[int]:
         key.stride(0) * size, key.stride(1) * size,
         value.stride(0) * size, value.stride(1) * size,
         key.shape[1], key.shape[0],
+        key.stride(2) * size, value.stride(2) * size,
     ]  # fmt: skip
 
 
