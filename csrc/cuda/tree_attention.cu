@@ -89,10 +89,9 @@ void run(TreeAttentionArgs& args, const Tensor& query, int64_t max_rows) {
     args.partial_state = static_cast<float*>(partial_state->mutable_data_ptr());
   }
   const auto grid_of = [&](int64_t tiles) {
-    STD_TORCH_CHECK(tiles * args.kv_heads <= 65535 && args.requests <= 65535,
-                    "redrafter::tree_attention: ", args.requests, " requests of up to ", max_rows,
-                    " rows are too many for one launch.");
-    return dim3(static_cast<unsigned>(pieces), static_cast<unsigned>(tiles * args.kv_heads),
+    STD_TORCH_CHECK(args.requests <= 65535, "redrafter::tree_attention: ", args.requests,
+                    " requests are too many for one launch.");
+    return dim3(static_cast<unsigned>(pieces * tiles), static_cast<unsigned>(args.kv_heads),
                 static_cast<unsigned>(args.requests));
   };
   if (!(tensor_cores && launch_mma<T>(args, grid_of(ceil_div(rows, kRows)), stream))) {

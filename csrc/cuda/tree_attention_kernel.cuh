@@ -4,8 +4,10 @@
 //
 // A block has one request, one KV head, one piece of that request's keys and up to 64 query rows:
 // all query heads of the KV head for all nodes lie side by side, so that the keys are read once for
-// all of them. Pieces leave a sum, a maximum and an unnormalised result each; a second kernel merges
-// them. With one piece the result is written at once.
+// all of them. Where they are more than 64, the blocks that read the same keys have neighbouring
+// numbers: they run at the same time, and all but the first find the keys in the L2 cache. Pieces
+// leave a sum, a maximum and an unnormalised result each; a second kernel merges them. With one
+// piece the result is written at once.
 #pragma once
 
 #include <cstdint>
@@ -115,6 +117,18 @@ __device__ __forceinline__ float scaled(const TreeAttentionArgs& args, float sco
   return score * (args.scale * kLog2E);
 }
 
+// What a block works on. Grid (pieces x tiles of query rows, KV heads, requests), tiles fastest.
+struct Work {
+  int piece, tile, head, request;
+  __device__ explicit Work(const TreeAttentionArgs& args) {
+    const int tiles = static_cast<int>(gridDim.x) / args.pieces;
+    piece = static_cast<int>(blockIdx.x) / tiles;
+    tile = static_cast<int>(blockIdx.x) % tiles;
+    head = static_cast<int>(blockIdx.y);
+    request = static_cast<int>(blockIdx.z);
+  }
+};
+
 // The keys of one piece: [begin, end), cut at multiples of a tile.
 struct Piece {
   int begin, end;
@@ -186,10 +200,9 @@ __global__ void __launch_bounds__(kWarps * 32) tree_attention_mma(const TreeAtte
   T* key_tiles = query_tile + kRows * kStride;
   T* value_tiles = key_tiles + Tile::kStages * kKeys * kStride;
 
-  const int piece_index = static_cast<int>(blockIdx.x);
-  const int head = static_cast<int>(blockIdx.y) % args.kv_heads;
-  const int first = static_cast<int>(blockIdx.y) / args.kv_heads * kRows;
-  const Request request(args, static_cast<int>(blockIdx.z));
+  const Work work(args);
+  const int piece_index = work.piece, head = work.head, first = work.tile * kRows;
+  const Request request(args, work.request);
   const int group = args.query_heads / args.kv_heads;
   const int rows = min(request.rows * group - first, kRows);
   if (rows <= 0) return;
@@ -349,11 +362,11 @@ __global__ void __launch_bounds__(kWarps * 32) tree_attention_plain(const TreeAt
   const int dim = args.head_dim;
   float* query = reinterpret_cast<float*>(raw) + warp * dim;
 
-  const int piece_index = static_cast<int>(blockIdx.x);
-  const int head = static_cast<int>(blockIdx.y) % args.kv_heads;
-  const Request request(args, static_cast<int>(blockIdx.z));
+  const Work work(args);
+  const int piece_index = work.piece, head = work.head;
+  const Request request(args, work.request);
   const int group = args.query_heads / args.kv_heads;
-  const int row = static_cast<int>(blockIdx.y) / args.kv_heads * kWarps + warp;
+  const int row = work.tile * kWarps + warp;
   if (row >= request.rows * group) return;  // the whole warp
   const int node = row / group, query_head = head * group + row % group;
   const Piece piece(args, request, piece_index, 32);
