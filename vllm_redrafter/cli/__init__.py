@@ -13,6 +13,8 @@ from vllm_redrafter import __version__
 
 COMMANDS = {
     "demo": "plain vLLM and ReDrafter side by side on a small real model",
+    "data": "let the target answer prompts: the data that a drafter is trained on",
+    "train": "train a drafter on the target's own answers",
     "convert": "rewrite pickled or differently named drafter weights as safetensors",
     "doctor": "check this installation and say what to do",
 }

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of the data, and one group of sequences as positions to train on.
+
+Position t of a sequence x is an anchor: context h_t, known token x[t+1], drafted x[t+2], ...,
+x[t+1+K]; the teacher of offset i is the target's distribution at t+1+i. The known token and all
+that is drafted are the target's own words, never the prompt's.
+
+The order depends on the seed, the epoch and nothing else, so a run can go on at any step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_redrafter.training.dataset import Dataset
+from vllm_redrafter.training.target import Target
+
+
+def num_anchors(answer: Tensor) -> int:
+    """Anchors of one sequence: ``answer`` ``[n]`` bool marks the target's words."""
+    return int((answer[1:-1] & answer[2:]).sum())
+
+
+def split(dataset: Dataset, held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """Usable sequences, to train on and held out; none is held out if there are fewer than two."""
+    usable = [i for i in range(len(dataset)) if num_anchors(dataset.answer[i])]
+    order = torch.randperm(len(usable), generator=_generator(seed, 0, 0)).tolist()
+    count = min(round(held_out * len(usable)), len(usable) - 1)
+    if held_out > 0 and len(usable) > 1:
+        count = max(count, 1)
+    chosen = {usable[i] for i in order[: max(count, 0)]}
+    return [i for i in usable if i not in chosen], sorted(chosen)
+
+
+def pack(order: Sequence[int], lengths: Sequence[int], group_tokens: int) -> list[list[int]]:
+    """Cut ``order`` into groups of at most ``group_tokens`` tokens, but at least one sequence."""
+    groups: list[list[int]] = []
+    room = 0
+    for i in order:
+        if not groups or lengths[i] > room:
+            groups.append([])
+            room = group_tokens
+        groups[-1].append(i)
+        room -= lengths[i]
+    return groups
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a step's data lies: minibatch ``part`` of ``parts`` of a group, in an epoch."""
+
+    epoch: int
+    group: int
+    members: tuple[int, ...]
+    part: int
+    parts: int
+
+
+class Schedule:
+    """Every step's data, for one of several processes.
+
+    Args:
+        members: sequences to train on.
+        anchors: per sequence of the dataset, its anchors.
+        lengths: per sequence of the dataset, its tokens.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[int],
+        anchors: Sequence[int],
+        lengths: Sequence[int],
+        *,
+        group_tokens: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._members, self._anchors, self._lengths = list(members), anchors, lengths
+        self._group_tokens, self._batch_size = group_tokens, batch_size
+        self._seed, self._rank, self._world = seed, rank, world
+
+    def epoch(self, epoch: int) -> list[Place]:
+        """The steps of one epoch; equally many for every process."""
+        order = torch.randperm(len(self._members), generator=_generator(self._seed, 1, epoch))
+        groups = pack([self._members[i] for i in order.tolist()], self._lengths, self._group_tokens)
+        per_rank: list[list[Place]] = [[] for _ in range(self._world)]
+        for number, group in enumerate(groups):
+            total = sum(self._anchors[i] for i in group)
+            parts = max(1, round(total / self._batch_size))
+            per_rank[number % self._world] += [
+                Place(epoch, number, tuple(group), part, parts) for part in range(parts)
+            ]
+        return per_rank[self._rank][: min(map(len, per_rank))]
+
+    def steps(self, epochs: float) -> int:
+        """Steps in ``epochs`` passes; a part of a pass counts in proportion."""
+        whole = int(epochs)
+        count = sum(len(self.epoch(e)) for e in range(whole))
+        if epochs > whole:
+            count += round((epochs - whole) * len(self.epoch(whole)))
+        return count
+
+    def places(self, first: int) -> Iterator[Place]:
+        """Steps from number ``first`` on, without end."""
+        epoch = 0
+        while True:
+            places = self.epoch(epoch)
+            if not places:
+                return
+            yield from places[first:]
+            first = max(0, first - len(places))
+            epoch += 1
+
+    def positions(self, place: Place, total: int) -> Tensor:
+        """Which of a group's ``total`` anchors belong to this step: indices int64."""
+        order = torch.randperm(total, generator=_generator(self._seed, 2, place.epoch, place.group))
+        return order.tensor_split(place.parts)[place.part].sort().values
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some sequences laid end to end, with everything that all their offsets need.
+
+    Attributes:
+        hidden: ``[T, H]``.
+        anchor: ``[A]`` int64, row of each anchor's context.
+        tokens: ``[A, K + 1]`` int64, the known token and what follows; 0 behind the end.
+        valid: ``[A, K]`` bool, which offsets have a token to predict.
+        teacher: ``[R, V']`` float32 probabilities, or None for hard labels.
+        teacher_row: ``[T]`` int64, row of ``teacher`` that belongs to a row of ``hidden``.
+    """
+
+    hidden: Tensor
+    anchor: Tensor
+    tokens: Tensor
+    valid: Tensor
+    teacher: Tensor | None
+    teacher_row: Tensor
+
+    def teacher_rows(self, at: Tensor, offsets: int) -> Tensor:
+        """Teacher rows ``[len(at), K]`` of the anchors ``at``."""
+        rows = self.anchor[at][:, None] + 1 + torch.arange(offsets, device=at.device)
+        return self.teacher_row[rows.clamp(max=len(self.teacher_row) - 1)]
+
+
+def make_group(
+    target: Target,
+    dataset: Dataset,
+    members: Sequence[int],
+    *,
+    offsets: int,
+    head_rows: Tensor | None,
+    soft: bool,
+    stored_need_norm: bool = False,
+) -> Group:
+    """Compute (or read) hidden states and teacher of some sequences.
+
+    Args:
+        head_rows: ``[V']``, the draft vocabulary; None for all.
+        soft: also compute the teacher.
+        stored_need_norm: stored hidden states come from before the target's final norm.
+    """
+    device = target.device
+    sequences = [dataset.tokens[i].long() for i in members]
+    if dataset.hidden is None:
+        hidden = torch.cat(target.hidden(sequences))
+    else:
+        hidden = torch.cat([dataset.hidden(i) for i in members]).to(device, target.head.dtype)
+        if stored_need_norm:
+            with torch.inference_mode():
+                hidden = target.final_norm()(hidden)
+    flat = torch.cat(sequences)
+    # A gap of `offsets` False behind each sequence would do the same; shifting per sequence is
+    # simpler than laying them out twice.
+    reach = []
+    for i in members:
+        answer = dataset.answer[i]
+        padded = torch.cat([answer, torch.zeros(offsets + 2, dtype=torch.bool)])
+        steps = torch.stack([padded[1 + j : 1 + j + len(answer)] for j in range(offsets + 1)], 1)
+        reach.append(steps.long().cumprod(1).bool())
+    reached = torch.cat(reach)
+    anchor = reached[:, 1].nonzero().flatten()
+    valid = reached[anchor, 1:]
+    columns = anchor[:, None] + 1 + torch.arange(offsets + 1)
+    tokens = flat[columns.clamp(max=len(flat) - 1)]
+    tokens[:, 1:].masked_fill_(~valid, 0)
+
+    teacher, teacher_row = None, torch.zeros(len(flat), dtype=torch.int64)
+    if soft:
+        needed = torch.zeros(len(flat), dtype=torch.bool)
+        needed[columns[:, :offsets][valid]] = True
+        teacher_row = (needed.long().cumsum(0) - 1).clamp(min=0)
+        teacher = target.probabilities(hidden[needed.to(device)], head_rows)
+    # inference-mode tensors cannot be saved for a backward pass: clone outside of it.
+    return Group(
+        hidden=hidden.clone(),
+        anchor=anchor.to(device),
+        tokens=tokens.to(device),
+        valid=valid.to(device),
+        teacher=teacher,
+        teacher_row=teacher_row.to(device),
+    )
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    """A generator whose seed mixes all numbers (a sum would make epochs repeat other seeds)."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % (1 << 61)
+    return torch.Generator().manual_seed(seed)

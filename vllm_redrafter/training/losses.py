@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-entropy of a linear head, without ever holding all its logits.
+
+With 5 offsets and 8,192 rows the logits of 512 positions take 84 MB, and automatic differentiation
+would keep them several times over. Here a chunk of rows is multiplied, its gradient is formed at
+once (softmax minus teacher, which needs nothing from later), and the logits are dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Logits of one chunk: 16 MB in float32, near what caches hold.
+_CHUNK_ENTRIES = 1 << 22
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    scale: Tensor,
+    teacher: Tensor | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``sum(scale * CE(target, softmax(x W^T)))``, soft or hard.
+
+    Args:
+        x: ``[N, X]`` float, what the head multiplies.
+        weight: ``[V, X]`` float, the head; cast to the dtype of ``x`` for the products.
+        rows: ``[N]`` int64: which row of ``teacher`` belongs to each x, or, without a teacher, the
+            label (0 to V-1). Where ``scale`` is 0 any value will do.
+        scale: ``[N]`` float32, each row's weight in the sum.
+        teacher: ``[R, V]`` float, probabilities; rows may sum to less than 1 (a part of the
+            distribution that the head does not cover), and are weighted accordingly.
+        chunk: rows at a time; None: as many as make about four million logits.
+
+    Returns:
+        the loss (scalar, differentiable once in x and weight); each row's cross-entropy ``[N]``
+        and argmax ``[N]`` int64, both without gradient.
+    """
+    chunk = chunk or max(16, _CHUNK_ENTRIES // weight.shape[0])
+    return _LinearCrossEntropy.apply(
+        x, weight, rows, scale, teacher, chunk, torch.is_grad_enabled()
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        rows: Tensor,
+        scale: Tensor,
+        teacher: Tensor | None,
+        chunk: int,
+        with_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        need_x = with_grad and ctx.needs_input_grad[0]
+        need_w = with_grad and ctx.needs_input_grad[1]
+        grad_x = torch.empty_like(x) if need_x else None
+        grad_w = torch.zeros_like(weight) if need_w else None
+        per_row = torch.empty(len(x), dtype=exact, device=x.device)
+        best = torch.empty(len(x), dtype=torch.int64, device=x.device)
+        # The caller may be under autocast; the types here are chosen one by one.
+        with torch.autocast(x.device.type, enabled=False):
+            head = weight.to(x.dtype)
+            for start in range(0, len(x), chunk):
+                here = slice(start, start + chunk)
+                logits = (x[here] @ head.T).to(exact)
+                normaliser = logits.logsumexp(-1)
+                best[here] = logits.argmax(-1)
+                if teacher is None:
+                    label = rows[here].clamp(min=0)[:, None]
+                    per_row[here] = normaliser - logits.gather(1, label).squeeze(1)
+                else:
+                    wanted = teacher[rows[here].clamp(min=0)].to(exact)
+                    mass = wanted.sum(-1)
+                    per_row[here] = mass * normaliser - (wanted * logits).sum(-1)
+                if not (need_x or need_w):
+                    continue
+                grad = logits.sub_(normaliser[:, None]).exp_()
+                if teacher is None:
+                    grad.scatter_add_(1, label, torch.full_like(label, -1, dtype=exact))
+                else:
+                    grad.mul_(mass[:, None]).sub_(wanted)
+                grad = grad.mul_(scale[here, None]).to(x.dtype)
+                if grad_x is not None:
+                    grad_x[here] = grad @ head
+                if grad_w is not None:
+                    grad_w += (grad.T @ x[here]).to(grad_w.dtype)
+        ctx.save_for_backward(*(g for g in (grad_x, grad_w) if g is not None))
+        ctx.need = (need_x, need_w)
+        ctx.mark_non_differentiable(per_row, best)
+        return (per_row * scale).sum(), per_row, best
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        # A factor of shape [] does not change the type of a tensor.
+        grads = [next(saved) * grad if need else None for need in ctx.need]
+        return (*grads, None, None, None, None, None)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen target: tables, hidden states, and the distribution that is distilled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_redrafter.training.errors import TrainingError, missing
+
+
+class Target:
+    """A causal language model of transformers that only ever computes hidden states.
+
+    Attributes:
+        name: its directory's name.
+        embedding: ``[rows, H]``, the input embedding table.
+        head: ``[V, H]``, the output head.
+    """
+
+    def __init__(self, directory: str | Path, dtype: str, device: torch.device) -> None:
+        """Load from a local directory.
+
+        Raises:
+            TrainingError: no such directory, no transformers, or not a causal language model.
+        """
+        path = Path(directory)
+        if not (path / "config.json").is_file():
+            raise TrainingError(
+                f"the target '{directory}' is not a directory with config.json; give a local model "
+                "directory."
+            )
+        try:
+            from transformers import AutoModelForCausalLM
+        except ImportError as error:
+            raise missing("transformers", "training") from error
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise TrainingError(
+                f"the target '{directory}' cannot be loaded as a causal language model: {error}"
+            ) from error
+        self.name = path.resolve().name
+        self._model = model.requires_grad_(False).eval().to(device)
+        self.device = device
+        self.embedding: Tensor = model.get_input_embeddings().weight.detach()
+        self.head: Tensor = model.get_output_embeddings().weight.detach()
+        config = model.config.get_text_config()
+        # Gemma caps its logits, Granite divides them, Cohere multiplies: part of the distribution.
+        self._cap = getattr(config, "final_logit_softcapping", None)
+        self._factor = (getattr(config, "logit_scale", None) or 1.0) / (
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.head.shape[1]
+
+    @torch.inference_mode()
+    def hidden(self, sequences: list[Tensor]) -> list[Tensor]:
+        """Hidden states after the final norm: per sequence of ids ``[n]``, ``[n, H]``."""
+        longest = max(map(len, sequences))
+        # Padding on the right: no earlier position can see it, so it needs no mask.
+        ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+        for row, tokens in zip(ids, sequences, strict=True):
+            row[: len(tokens)] = tokens
+        states = self._model.base_model(
+            input_ids=ids.to(self.device), use_cache=False
+        ).last_hidden_state
+        return [states[i, : len(tokens)] for i, tokens in enumerate(sequences)]
+
+    @torch.inference_mode()
+    def probabilities(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
+        """The target's distribution over the head's ``rows`` (None: all): ``[R, V']`` float32.
+
+        Renormalised over these rows: what cannot be drafted has no part in it.
+        """
+        head = self.head if rows is None else self.head[rows]
+        logits = (hidden.to(head.dtype) @ head.T).float() * self._factor
+        if self._cap:
+            logits = self._cap * torch.tanh(logits / self._cap)
+        return torch.softmax(logits, -1)
+
+    def final_norm(self) -> Any | None:
+        """The module that makes hidden states ready for the head; None where it is not known."""
+        for name in ("norm", "final_layernorm", "ln_f", "final_layer_norm"):
+            norm = getattr(self._model.base_model, name, None)
+            if norm is not None:
+                return norm
+        return None
+
+
+def tokenizer_sha256(directory: str | Path) -> str | None:
+    """A fingerprint of the target's vocabulary; None when it has no tokenizer."""
+    try:
+        from transformers import AutoTokenizer
+
+        vocab = AutoTokenizer.from_pretrained(str(directory)).get_vocab()
+    except (ImportError, OSError, ValueError, KeyError):
+        return None
+    return vocab_sha256(vocab)
+
+
+def vocab_sha256(vocab: dict[str, int]) -> str:
+    """SHA-256 of the sorted (token, id) pairs."""
+    return hashlib.sha256(json.dumps(sorted(vocab.items())).encode()).hexdigest()
+
+
+@torch.inference_mode()
+def check_stored_states(target: Target, tokens: Tensor, stored: Tensor) -> bool:
+    """Whether stored hidden states still need the final norm; by computing one sequence anew.
+
+    Args:
+        tokens: ``[n]``.
+        stored: ``[n, H]``.
+
+    Returns:
+        False when they are as the target's head wants them, True when they lack the norm.
+
+    Raises:
+        TrainingError: they are neither, so they are another model's.
+    """
+    if stored.shape[-1] != target.hidden_size:
+        raise TrainingError(
+            f"the stored hidden states have size {stored.shape[-1]}, but the target's have "
+            f"{target.hidden_size}; give the target that they were taken from."
+        )
+    wanted = target.hidden([tokens])[0].float()
+    stored = stored.to(wanted.device)
+    candidates = {False: stored.float()}
+    norm = target.final_norm()
+    if norm is not None:
+        candidates[True] = norm(stored.to(target.head.dtype)).float()
+    errors = {
+        key: float((value - wanted).norm() / wanted.norm()) for key, value in candidates.items()
+    }
+    best = min(errors, key=errors.__getitem__)
+    # Another kernel in bfloat16 differs by a few per cent; another model by about 1.
+    if errors[best] > 0.3:
+        raise TrainingError(
+            "the stored hidden states are not this target's (relative difference "
+            f"{errors[best]:.2f}); give the target that they were taken from."
+        )
+    return best

@@ -1,0 +1,443 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: from a dataset to a drafter directory, exact to the step when resumed."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from vllm_redrafter.drafter.checkpoint import save_drafter
+from vllm_redrafter.drafter.config import DrafterConfig
+from vllm_redrafter.training import vocabulary
+from vllm_redrafter.training.batches import Group, Schedule, make_group, num_anchors, pack, split
+from vllm_redrafter.training.dataset import check_fits, load_dataset
+from vllm_redrafter.training.errors import TrainingError, missing
+from vllm_redrafter.training.files import make_directory, write_atomic, write_json
+from vllm_redrafter.training.log import Log, can_plot, plot
+from vllm_redrafter.training.losses import linear_cross_entropy
+from vllm_redrafter.training.model import TrainableDrafter
+from vllm_redrafter.training.options import TrainOptions, decisive
+from vllm_redrafter.training.target import Target, check_stored_states, tokenizer_sha256
+
+CHECKPOINT = "checkpoint.pt"
+
+# A sample large enough for means and spreads of hidden states.
+_SAMPLE_TOKENS = 8192
+# Held-out groups that an evaluation looks at, at most.
+_EVAL_GROUPS = 16
+
+Progress = Callable[[int, int, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        out: directory of the drafter.
+        steps: in all, those before a resumption included.
+        coverage: share of the answers' tokens inside the draft vocabulary.
+        last: the last line of the log that has held-out figures, else the last line.
+        picture: curves.png, if it was drawn.
+    """
+
+    out: Path
+    steps: int
+    coverage: float
+    last: dict[str, Any]
+    picture: Path | None
+
+
+def train(options: TrainOptions, progress: Progress | None = None) -> Result:
+    """Train a drafter and write it to ``options.out``.
+
+    Args:
+        progress: called as ``progress(steps done, steps in all, log line)``.
+
+    Raises:
+        TrainingError: options, data, target or disk do not allow it; the message says what to do.
+    """
+    if options.tensorboard:
+        _need_tensorboard()
+    with _processes() as (rank, world, device_index):
+        return _Run(options, rank, world, device_index).run(progress or (lambda *_: None))
+
+
+class _Run:
+    """One process's part of a run."""
+
+    def __init__(self, options: TrainOptions, rank: int, world: int, local: int | None) -> None:
+        self.options, self.rank, self.world = options, rank, world
+        self.out = Path(options.out)
+        self.aside = self.out / "training"
+        self.device = _device(options.device, local)
+        saved = self._read_checkpoint()
+        self.dataset = load_dataset(options.data, options.max_length)
+        self.target = Target(options.target, options.target_dtype, self.device)
+        check_fits(
+            self.dataset,
+            self.target.vocab_size,
+            tokenizer_sha256(options.target) if self.dataset.manifest else None,
+            options.data,
+        )
+        self.stored_need_norm = False
+        if self.dataset.hidden is not None:
+            self.stored_need_norm = check_stored_states(
+                self.target, self.dataset.tokens[0].long(), self.dataset.hidden(0)
+            )
+        self.members, self.held_out = split(self.dataset, options.held_out, options.seed)
+        if not self.members:
+            raise TrainingError(
+                f"no sequence in '{options.data}' has two answer tokens in its first "
+                f"{options.max_length}; make longer answers or raise --max-length."
+            )
+        self.vocabulary = vocabulary.choose(
+            self.dataset, self.members, self._draft_vocab_size(), self.target.vocab_size
+        )
+        self.head_rows = _to(self.vocabulary.ids, self.device)
+        self.row_of = self.vocabulary.rows.to(self.device)
+        self.schedule = Schedule(
+            self.members,
+            [num_anchors(answer) for answer in self.dataset.answer],
+            [len(tokens) for tokens in self.dataset.tokens],
+            group_tokens=options.group_tokens,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            rank=rank,
+            world=world,
+        )
+        self.steps = options.max_steps or self.schedule.steps(options.epochs)
+        if not self.schedule.epoch(0):
+            raise TrainingError(
+                f"there are fewer groups of --group-tokens than the {world} processes; lower "
+                "--group-tokens."
+            )
+        torch.manual_seed(options.seed)
+        self.model = self._model()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.trained = trained
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=options.lr, weight_decay=options.weight_decay
+        )
+        self.done = 0
+        if saved is not None:
+            self._restore(saved)
+        if world > 1:
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                dist.broadcast(tensor.data, 0)
+
+    def run(self, progress: Progress) -> Result:
+        options = self.options
+        log = None
+        if self.rank == 0:
+            make_directory(self.aside)
+            write_json(self.aside / "options.json", {**decisive(options), "world": self.world})
+            log = Log(self.aside, self.done, options.tensorboard)
+        last: dict[str, Any] = {}
+        group, loaded = None, None
+        totals = _Totals(options.offsets)
+        began, positions = time.perf_counter(), 0
+        for place in self.schedule.places(self.done):
+            if self.done >= self.steps:
+                break
+            if loaded != (place.epoch, place.group):
+                group = None  # before the next one takes its memory
+                group, loaded = self._group(place.members), (place.epoch, place.group)
+            at = self.schedule.positions(place, len(group.anchor)).to(self.device)
+            lr = self._step(group, at, totals)
+            positions += len(at) * self.world
+            self.done += 1
+            at_end = self.done == self.steps
+            line = None
+            if self.done % options.log_every == 0 or at_end:
+                seconds = time.perf_counter() - began
+                line = {"step": self.done, "epoch": place.epoch, "lr": lr, **totals.take(""),
+                        "positions_per_second": round(positions / seconds, 1)}  # fmt: skip
+                began, positions = time.perf_counter(), 0
+            if self.held_out and (self.done % options.eval_every == 0 or at_end):
+                line = {"step": self.done, **(line or {}), **self.evaluate()}
+                began = time.perf_counter()
+            if line is not None:
+                if log is not None:
+                    log.write(line)
+                last = line if "eval_loss" in line or "eval_loss" not in last else last
+                progress(self.done, self.steps, line)
+            if self.rank == 0 and (self.done % options.save_every == 0 or at_end):
+                self._save_checkpoint()
+        picture = None
+        if self.rank == 0:
+            self._save()
+            picture = plot(self.aside) if options.plot and can_plot() else None
+        return Result(self.out, self.done, self.vocabulary.coverage, last, picture)
+
+    def _step(self, group: Group, at: Tensor, totals: _Totals) -> float:
+        """One step of the optimizer; returns the learning rate it took."""
+        lr = self.options.lr * _schedule(self.done, self.steps, self.options.warmup)
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = lr
+        loss = self._loss(group, at, totals)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.world > 1:
+            for parameter in self.trained:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.world
+        torch.nn.utils.clip_grad_norm_(self.trained, self.options.clip)
+        self.optimizer.step()
+        return lr
+
+    def _loss(self, group: Group, at: Tensor, totals: _Totals) -> Tensor:
+        """Sum over the offsets of the mean cross-entropy of the anchors ``at``."""
+        options = self.options
+        tokens, valid = group.tokens[at], group.valid[at]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=options.bf16):
+            features = self.model(group.hidden[group.anchor[at]], tokens[:, :-1])
+            features = features.flatten(0, 1)
+            if options.bf16:
+                features = features.bfloat16()
+        label = self.row_of[tokens[:, 1:]]
+        drafted = label >= 0
+        if group.teacher is None:
+            valid = valid & drafted
+            rows = label
+        else:
+            rows = group.teacher_rows(at, options.offsets)
+        # Offset by offset, as the features lie.
+        scale = (valid / valid.sum(0).clamp(min=1)).T.flatten().float()
+        loss, per_row, best = linear_cross_entropy(
+            features, self.model.head, rows.T.flatten(), scale, group.teacher
+        )
+        shape = (options.offsets, len(at))
+        right = (best.view(shape) == label.T) & drafted.T
+        totals.add(per_row.view(shape), right, valid.T, group.valid[at].T)
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """Loss and accuracy by depth on the held-out sequences."""
+        lengths = [len(tokens) for tokens in self.dataset.tokens]
+        totals = _Totals(self.options.offsets)
+        for members in pack(self.held_out, lengths, self.options.group_tokens)[:_EVAL_GROUPS]:
+            group = self._group(members)
+            for at in torch.arange(len(group.anchor), device=self.device).split(
+                self.options.batch_size
+            ):
+                self._loss(group, at, totals)
+        return totals.take("eval_")
+
+    def _group(self, members: Any) -> Group:
+        return make_group(
+            self.target,
+            self.dataset,
+            members,
+            offsets=self.options.offsets,
+            head_rows=self.head_rows,
+            soft=self.options.loss == "soft",
+            stored_need_norm=self.stored_need_norm,
+        )
+
+    def _draft_vocab_size(self) -> int:
+        wanted = self.options.draft_vocab_size
+        if wanted is None:
+            return vocabulary.default_size(self.target.hidden_size, self.target.vocab_size)
+        return min(wanted, self.target.vocab_size)
+
+    def _model(self) -> TrainableDrafter:
+        options, target = self.options, self.target
+        width = options.exit_dim or target.hidden_size
+        if options.head != "own" and width != target.hidden_size:
+            raise TrainingError(
+                f"--head {options.head} needs --exit-dim {target.hidden_size}, the target's hidden "
+                f"size, but it is {width}; leave --exit-dim out or give --head own."
+            )
+        config = DrafterConfig(
+            vocab_size=target.vocab_size,
+            hidden_size=target.hidden_size,
+            exit_dim=width,
+            num_draft_layers=options.blocks,
+            rnn=options.rnn,
+            draft_vocab_size=self.vocabulary.size,
+            shared_head=options.head == "shared",
+        )
+        sample, rows = [], 0
+        for i in self.members:
+            if rows >= _SAMPLE_TOKENS:
+                break
+            group = make_group(target, self.dataset, [i], offsets=1, head_rows=None, soft=False,
+                               stored_need_norm=self.stored_need_norm)  # fmt: skip
+            sample.append(group.hidden[group.anchor])
+            rows += len(group.anchor)
+        head = target.head if self.head_rows is None else target.head[self.head_rows]
+        model = TrainableDrafter(
+            config, target.embedding, head, options.head, torch.cat(sample).cpu()
+        )
+        return model.to(self.device)
+
+    def _read_checkpoint(self) -> dict[str, Any] | None:
+        """The checkpoint to go on from, if asked for; refuses to write over an older run."""
+        path = self.aside / CHECKPOINT
+        if not self.options.resume:
+            if path.is_file() or (self.out / "model.safetensors").is_file():
+                raise TrainingError(
+                    f"'{self.out}' already holds a drafter or a run; give --resume to go on with "
+                    "it, or another --out."
+                )
+            return None
+        if not path.is_file():
+            return None
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+            raise TrainingError(
+                f"'{path}' cannot be read ({type(error).__name__}); remove it to start anew."
+            ) from error
+        now = {**decisive(self.options), "world": self.world}
+        for name, before in saved["options"].items():
+            # Directories may have moved; what is in them is compared by other means.
+            if name not in ("target", "data", "out") and now.get(name) != before:
+                raise TrainingError(
+                    f"the run in '{self.out}' had {name} {before!r}, now it is {now.get(name)!r}; "
+                    "resume with the same options, or give another --out."
+                )
+        return saved
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        if saved["members"] != self._fingerprint():
+            raise TrainingError(
+                f"the run in '{self.out}' was on other data; resume with the same --data, or give "
+                "another --out."
+            )
+        self.model.load_state_dict(saved["model"], strict=False)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        self.done = saved["step"]
+
+    def _save_checkpoint(self) -> None:
+        buffer = io.BytesIO()
+        model = self.model.state_dict()
+        if self.options.head == "shared":
+            # Frozen and large, and the target has it.
+            del model[f"drafter.lm_head.{self.options.blocks}.weight"]
+        torch.save(
+            {
+                "step": self.done,
+                "options": {**decisive(self.options), "world": self.world},
+                "members": self._fingerprint(),
+                "model": model,
+                "optimizer": self.optimizer.state_dict(),
+                "rng": torch.get_rng_state(),
+            },
+            buffer,
+        )
+        write_atomic(self.aside / CHECKPOINT, buffer.getvalue())
+
+    def _fingerprint(self) -> list[int]:
+        return [len(self.dataset), sum(map(len, self.dataset.tokens)), self.vocabulary.size]
+
+    def _save(self) -> None:
+        options = self.options
+        dtype = getattr(torch, options.save_dtype)
+        drafter = self.model.export(self.vocabulary.ids, dtype)
+        fields: dict[str, Any] = {"target": self.target.name}
+        if options.offsets < 3:
+            fields["draft_length"] = options.offsets  # deeper drafts were never trained
+        try:
+            save_drafter(drafter, self.out, **fields)
+        except (OSError, RuntimeError) as error:
+            raise TrainingError(
+                f"the drafter cannot be written to '{self.out}' ({error}); the run is kept: free "
+                "some space and run again with --resume."
+            ) from error
+
+
+class _Totals:
+    """Sums for the log, by depth; read seldom, because on a GPU reading waits for it."""
+
+    def __init__(self, offsets: int) -> None:
+        self._sums: Tensor | None = None
+        self._offsets = offsets
+
+    def add(self, loss: Tensor, right: Tensor, weighed: Tensor, counted: Tensor) -> None:
+        """All ``[K, P]``: losses, first guesses that hit, rows with a loss, rows with a token."""
+        sums = torch.stack(
+            [
+                (loss * weighed).sum(1, dtype=torch.float64),
+                weighed.sum(1).double(),
+                (right & counted).sum(1).double(),
+                counted.sum(1).double(),
+            ]
+        ).detach()
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def take(self, prefix: str) -> dict[str, Any]:
+        """Mean loss and accuracy by depth since the last call."""
+        loss, weighed, right, counted = self._sums.cpu().clamp(min=0)
+        self._sums = None
+        per_depth = loss / weighed.clamp(min=1)
+        return {
+            f"{prefix}loss": round(float(per_depth.mean()), 5),
+            f"{prefix}top1": [round(v, 4) for v in (right / counted.clamp(min=1)).tolist()],
+        }
+
+
+def _schedule(step: int, steps: int, warmup: float) -> float:
+    """The learning rate's factor at a step (from 0): a rising line, then a falling cosine."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def _device(name: str, local: int | None) -> torch.device:
+    if name != "auto":
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise TrainingError(
+                f"--device {name} is not there ({str(error).splitlines()[0]}); give cpu or auto."
+            ) from error
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda", local or 0)
+    return torch.device("cpu")
+
+
+class _processes:
+    """This process's rank, the number of processes and its local number under torchrun."""
+
+    def __enter__(self) -> tuple[int, int, int | None]:
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world == 1:
+            return 0, 1, None
+        local = int(os.environ["LOCAL_RANK"])
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local)
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        return dist.get_rank(), world, local
+
+    def __exit__(self, *exc: Any) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _need_tensorboard() -> None:
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise missing("tensorboard", "--tensorboard", extra=False) from error
