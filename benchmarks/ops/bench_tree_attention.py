@@ -1,43 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tree_attention against vLLM's own CPU attention on the same paged cache, in one run.
+"""tree_attention against vLLM's own CPU attention on the same paged cache.
 
 vLLM's kernel has no tree mask, so both compute causal rows (a chain is a tree). A step is one call
-per layer on caches of their own; "cold" steps come after a sweep over other memory that throws the
-caches out of L2 and L3, as a model's weights do. The two kernels take turns, step by step; printed
-are medians, and the ratio of medians.
-
-    python benchmarks/ops/tree_attention.py [--json FILE] [--threads N] [--steps N] [--only NAME]
+per layer on caches of their own. 16 rows x 2000 and the Llama shapes have fewer layers than their
+models, which changes nothing: each layer's cache is larger than what is kept of the others'.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
-
+import pytest
 import torch
 from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_redrafter.ops import compiled_available, isa, why_not
 from vllm_redrafter.ops.kv_layout import tag
 from vllm_redrafter.ops.tree_attention import tree_attention
 
 BLOCK = 128
 
-# name, requests, rows, context, query heads, KV heads, head_dim, layers
-SHAPES = [
-    ("SmolLM2-135M, 8 rows x 200", 1, 8, 200, 9, 3, 64, 30),
-    ("SmolLM2-135M, 12 rows x 200", 1, 12, 200, 9, 3, 64, 30),
-    ("SmolLM2-135M, 8 rows x 200, batch 8", 8, 8, 200, 9, 3, 64, 30),
-    ("SmolLM2-135M, 16 rows x 2000", 1, 16, 2000, 9, 3, 64, 8),
-    ("SmolLM2-135M, 16 rows x 2000, batch 8", 8, 16, 2000, 9, 3, 64, 2),
-    ("Llama-8B, 16 rows x 2000", 1, 16, 2000, 32, 8, 128, 4),
-    ("Llama-8B, 64 rows x 500", 1, 64, 500, 32, 8, 128, 4),
-]
+# requests, rows, context, query heads, KV heads, head_dim, layers
+SHAPES = {
+    "8x200": (1, 8, 200, 9, 3, 64, 30),
+    "8x200_batch8": (8, 8, 200, 9, 3, 64, 30),
+    "16x2000": (1, 16, 2000, 9, 3, 64, 8),
+    "16x2000_batch8": (8, 16, 2000, 9, 3, 64, 2),
+    "llama8b_16x2000": (1, 16, 2000, 32, 8, 128, 4),
+    "llama8b_64x500": (1, 64, 500, 32, 8, 128, 4),
+}
 
 
 class Case:
@@ -109,69 +98,22 @@ class Case:
             )  # fmt: skip
 
 
-def timed(function: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="write the results there too")
-    parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--only", default="", help="shapes whose name contains this")
-    args = parser.parse_args()
-    if not compiled_available():
-        raise SystemExit(why_not())
-    if args.threads:
-        torch.set_num_threads(args.threads)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cold", [True, False], ids=["cold", "warm"])
+def test_tree_attention(compare, threads, shape, cold):
     torch.manual_seed(0)
-    other = torch.zeros(16 << 20)  # 64 MiB
-
-    results = []
-    print(
-        f"{platform.processor() or platform.machine()}, {isa()}, {torch.get_num_threads()} threads"
-    )
-    print(
-        f"{'':42}{'dtype':>9}{'':>6}{'ours':>10}{'vLLM':>10}{'ratio':>7}"
-        f"{'min ours':>9}{'vLLM':>8}{'ratio':>7}  us per layer"
-    )
-    for name, *shape in SHAPES:
-        if args.only not in name:
-            continue
-        for dtype in (torch.bfloat16, torch.float32):
-            case = Case(dtype, *shape)
-            case.ours(), case.vllm()
-            torch.testing.assert_close(case.out, case.vllm_out, atol=2e-2, rtol=2e-2)
-            for temperature in ("warm", "cold"):
-                times: dict[str, list[float]] = {"ours": [], "vllm": []}
-                for _ in range(args.steps):
-                    for kernel in times:
-                        if temperature == "cold":
-                            other.add_(1)
-                        times[kernel].append(timed(getattr(case, kernel)))
-                layers = shape[-1]
-                median = {k: statistics.median(v) / layers * 1e6 for k, v in times.items()}
-                best = {k: min(v) / layers * 1e6 for k, v in times.items()}
-                row = {
-                    "shape": name, "dtype": str(dtype).removeprefix("torch."),
-                    "temperature": temperature, "layers": layers, "us_per_layer": median,
-                    "min_us_per_layer": best, "ratio": median["ours"] / median["vllm"],
-                }  # fmt: skip
-                results.append(row)
-                print(
-                    f"{name:42}{row['dtype']:>9}{temperature:>6}{median['ours']:10.1f}"
-                    f"{median['vllm']:10.1f}{row['ratio']:7.2f}{best['ours']:9.1f}"
-                    f"{best['vllm']:8.1f}{best['ours'] / best['vllm']:7.2f}"
-                )
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(
-                {"isa": isa(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-                 "steps": args.steps, "results": results}, file, indent=1,
-            )  # fmt: skip
+    case = Case(torch.bfloat16, *SHAPES[shape])
+    case.ours(), case.vllm()
+    torch.testing.assert_close(case.out, case.vllm_out, atol=2e-2, rtol=2e-2)
+    targets = {"vllm": 1.5} if shape == "16x2000" else {"ms": 0.5} if shape == "8x200" else {}
+    compare(case.ours, {"vllm": case.vllm}, targets, cold, layers=SHAPES[shape][-1])
 
 
-if __name__ == "__main__":
-    main()
+@pytest.mark.parametrize("shape", ["8x200", "16x2000"])
+@pytest.mark.parametrize("cold", [True, False], ids=["cold", "warm"])
+def test_batch_of_8_against_one(compare, threads, shape, cold):
+    """Eight requests must cost at most eight times one."""
+    torch.manual_seed(0)
+    one = Case(torch.bfloat16, *SHAPES[shape][:-1], layers=2)
+    eight = Case(torch.bfloat16, 8, *SHAPES[shape][1:-1], layers=2)
+    compare(eight.ours, {"one": one.ours}, {"one": 8.0}, cold, layers=2)
