@@ -19,11 +19,12 @@ from vllm_redrafter.cli import main
 from vllm_redrafter.drafter.checkpoint import load_drafter
 from vllm_redrafter.drafter.config import DrafterConfig
 from vllm_redrafter.training import files, log
-from vllm_redrafter.training.batches import Schedule
+from vllm_redrafter.training.batches import Schedule, make_group
 from vllm_redrafter.training.dataset import load_dataset
 from vllm_redrafter.training.errors import TrainingError
 from vllm_redrafter.training.model import TrainableDrafter
 from vllm_redrafter.training.options import TrainOptions
+from vllm_redrafter.training.target import Target
 from vllm_redrafter.training.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,10 +106,11 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("head", ["shared", "tuned"])
-def test_resuming_is_exact_to_the_bit(tmp_path, target, data, head):
+@pytest.mark.parametrize("head, cache", [("shared", True), ("tuned", False)])
+def test_resuming_is_exact_to_the_bit(tmp_path, target, data, head, cache):
     # Parts of groups, ends of epochs and an interruption between two checkpoints.
     fields = {"head": head, "max_steps": 60, "save_every": 7, "log_every": 1, "eval_every": 20}
+    fields["cache"] = cache
     train(options(target, data, tmp_path / "whole", **fields))
 
     def stop(done, total, line):
@@ -129,6 +131,17 @@ def test_resuming_is_exact_to_the_bit(tmp_path, target, data, head):
         logs.append([{k: v for k, v in line.items() if k != "positions_per_second"}
                      for line in lines])  # fmt: skip
     assert logs[0] == logs[1]
+
+
+def test_cached_hidden_states_are_the_computed_ones(target, data):
+    dataset = load_dataset(data)
+    frozen, cache = Target(target, "float32", torch.device("cpu")), {}
+    for members in ([3, 5], [5, 7]):
+        settings = {"offsets": 3, "head_rows": None, "soft": True}
+        cached = make_group(frozen, dataset, members, cache=cache, **settings)
+        computed = make_group(frozen, dataset, members, **settings)
+        torch.testing.assert_close(cached.hidden, computed.hidden, rtol=1e-4, atol=1e-4)
+    assert sorted(cache) == [3, 5, 7]
 
 
 def test_the_seed_decides(tmp_path, target, data):

@@ -39,7 +39,7 @@ def _generate(options: DataOptions) -> int:
 
     from vllm_redrafter.training.data import generate_dataset
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), Remaining(),
                TextColumn("{task.description}"))  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

@@ -41,7 +41,9 @@ def _train(options: TrainOptions) -> int:
 
     _quiet_transformers()
     # Of several processes the first one speaks.
-    console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False, soft_wrap=True)
+    console = Console(
+        quiet=os.environ.get("RANK", "0") != "0", highlight=False, markup=False, soft_wrap=True
+    )
     if options.plot and not can_plot():
         console.print("no curves.png: it needs `matplotlib` (pip install 'vllm-redrafter[train]')")
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), Remaining(),

@@ -158,6 +158,7 @@ def make_group(
     head_rows: Tensor | None,
     soft: bool,
     stored_need_norm: bool = False,
+    cache: dict[int, Tensor] | None = None,
 ) -> Group:
     """Compute (or read) hidden states and teacher of some sequences.
 
@@ -165,10 +166,18 @@ def make_group(
         head_rows: ``[V']``, the draft vocabulary; None for all.
         soft: also compute the teacher.
         stored_need_norm: stored hidden states come from before the target's final norm.
+        cache: hidden states by sequence number, filled here; None: compute them every time.
     """
     device = target.device
     sequences = [dataset.tokens[i].long() for i in members]
-    if dataset.hidden is None:
+    if dataset.hidden is None and cache is not None:
+        for i, tokens in zip(members, sequences, strict=True):
+            if i not in cache:
+                # Alone: values must not depend on the group in which it was first met, or a
+                # resumed run would differ.
+                cache[i] = target.hidden([tokens])[0].clone()
+        hidden = torch.cat([cache[i] for i in members])
+    elif dataset.hidden is None:
         hidden = torch.cat(target.hidden(sequences))
     else:
         hidden = torch.cat([dataset.hidden(i) for i in members]).to(device, target.head.dtype)

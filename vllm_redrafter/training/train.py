@@ -33,7 +33,7 @@ from vllm_redrafter.training.target import Target, check_stored_states, tokenize
 CHECKPOINT = "checkpoint.pt"
 
 # A sample large enough for means and spreads of hidden states.
-_SAMPLE_TOKENS = 8192
+_SAMPLE_TOKENS = 2048
 # Held-out groups that an evaluation looks at, at most.
 _EVAL_GROUPS = 16
 
@@ -91,6 +91,7 @@ class _Run:
             tokenizer_sha256(options.target) if self.dataset.manifest else None,
             options.data,
         )
+        self.cache: dict[int, Tensor] | None = {} if options.cache else None
         self.stored_need_norm = False
         if self.dataset.hidden is not None:
             self.stored_need_norm = check_stored_states(
@@ -245,6 +246,7 @@ class _Run:
             head_rows=self.head_rows,
             soft=self.options.loss == "soft",
             stored_need_norm=self.stored_need_norm,
+            cache=self.cache,
         )
 
     def _draft_vocab_size(self) -> int:
