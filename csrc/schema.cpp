@@ -10,6 +10,7 @@ STABLE_TORCH_LIBRARY(REDRAFTER_LIBRARY, m) {
       "beam_step(Tensor(a!) tokens, Tensor(b!) parents, Tensor(c!) scores, "
       "Tensor(d!)? out_state, Tensor logits, Tensor beam_scores, Tensor? state, "
       "Tensor? draft_vocab, int top_k) -> ()");
+  // `layers` holds packed weights on the CPU and plain [out, in] ones on CUDA, in one order.
   m.def(
       "draft(Tensor(a!) tokens, Tensor(b!) parents, Tensor(c!) scores, Tensor context, "
       "Tensor token, Tensor embedding, Tensor? draft_vocab, Tensor[] layers, int head_rows, "

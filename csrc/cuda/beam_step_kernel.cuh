@@ -106,7 +106,10 @@ __global__ void __launch_bounds__(kScanThreads) beam_step_scan(const BeamStepArg
 
 // What is known of one row of a request.
 struct RowFacts {
-  float max, log_sum, kth;  // kth: the least logit that the top k leaves in
+  float max, log_sum;
+  // The least logit that the top k leaves in, less the maximum: logits so large that they differ by
+  // less than the difference rounds to are ties with it.
+  float kth;
 };
 
 struct Pick {
@@ -119,7 +122,8 @@ __device__ inline bool better(const Pick& a, const Pick& b) {
   return a.column < b.column;
 }
 __device__ inline float log_probability(const RowFacts& row, float logit) {
-  return fmaxf((logit < row.kth ? kFiller : logit - row.max) - row.log_sum, kFloor);
+  const float shifted = logit - row.max;
+  return fmaxf((shifted < row.kth ? kFiller : shifted) - row.log_sum, kFloor);
 }
 
 __device__ inline double warp_sum(double x) {
@@ -170,15 +174,15 @@ __device__ inline bool merge_row(const BeamStepArgs& args, const BeamStepWork& w
     facts->kth = -INFINITY;
   } else {
     const int64_t k = min(args.top_k, args.vocab);
-    facts->kth = logit_of(list[k - 1]);
+    facts->kth = logit_of(list[k - 1]) - facts->max;
     for (int i = lane; i < work.kept; i += 32) {
-      if (list[i] != 0 && logit_of(list[i]) >= facts->kth) {
+      if (list[i] != 0 && logit_of(list[i]) - facts->max >= facts->kth) {
         sum += exp(static_cast<double>(logit_of(list[i]) - facts->max));
       }
     }
     // The list may end among equals of the k-th.
     const unsigned long long end = list[work.kept - 1];
-    known = work.kept >= args.vocab || end == 0 || logit_of(end) < facts->kth;
+    known = work.kept >= args.vocab || end == 0 || logit_of(end) - facts->max < facts->kth;
   }
   facts->log_sum = static_cast<float>(log(warp_sum(sum)));
   return known;
@@ -220,11 +224,11 @@ __device__ inline void facts_by_definition(const BeamStepArgs& args, int64_t row
     last = block_best(best, keys, larger);
     if (i == 0) max = logit_of(last);
   }
-  const float kth = args.top_k > 0 ? logit_of(last) : -INFINITY;
+  const float kth = args.top_k > 0 ? logit_of(last) - max : -INFINITY;
   double sum = 0.0;
   for (int64_t column = thread; column < args.vocab; column += kSelectThreads) {
-    const float x = read_logit(args, row, column);
-    sum += exp(static_cast<double>(x < kth ? kFiller : x - max));
+    const float x = read_logit(args, row, column) - max;
+    sum += exp(static_cast<double>(x < kth ? kFiller : x));
   }
   auto* sums = static_cast<double*>(shared);
   sums[thread] = sum;
@@ -300,7 +304,7 @@ __global__ void __launch_bounds__(kSelectThreads) beam_step_select(const BeamSte
       bool good = known;
       for (int i = 0; i < work.kept && count < width && list[i] != 0 && good; ++i) {
         const float logit = logit_of(list[i]);
-        if (logit < found.kth) break;
+        if (logit - found.max < found.kth) break;
         const Pick pick = {score + log_probability(found, logit), row, column_of(list[i])};
         good = pick.score >= kCoarse;
         // Different logits may have one score: then the lowest column comes first.

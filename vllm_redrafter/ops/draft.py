@@ -1,30 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole beam draft as one compiled call.
 
-``torch.ops.redrafter.draft`` does on the CPU what ``vllm_redrafter.drafter.beam_search`` says, L
-steps for B requests without returning to Python. It reads weights in a packed layout
-(``pack_linear``), so packing happens once, in ``CompiledDraft``.
+``torch.ops.redrafter.draft`` does what ``vllm_redrafter.drafter.beam_search`` says, L steps for B
+requests without returning to Python.
 
-Arithmetic: products of float32 weights are float32. Inputs of bfloat16 weights are rounded to
+On the CPU it reads weights in a packed layout (``pack_linear``), so packing happens once, in
+``CompiledDraft``. Arithmetic: products of float32 weights are float32. Inputs of bfloat16 weights are rounded to
 bfloat16 and multiplied exactly; sums, activations between layers, logits, log-probabilities and
 scores are float32 (the twin, in bfloat16, rounds each of them). Which tokens are drafted may
 therefore differ from the twin's where candidates are closer than that rounding.
+
+On CUDA it reads the weights as they are (``plain_layers``), and torch's matrix product multiplies
+them, by its settings for float32. Activations and logits are rounded to the weights' dtype, as the
+twin's are, but not each intermediate of a layer; log-probabilities and scores are float32. Nothing
+is read back, so a call can be captured in a CUDA graph. What the CPU refuses by looking at values
+has this outcome there: a token (of ``token``, or drafted through ``draft_vocab``) that has no row in
+the embedding is embedded as zeros. Limits: W and top_k up to 64, B times W up to 65535.
 """
 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from vllm_redrafter.drafter.beam_search import Beams, beam_search, check_settings
 from vllm_redrafter.drafter.model import Drafter
-from vllm_redrafter.ops.library import compiled_available
+from vllm_redrafter.ops.library import compiled_available, has_kernel
 
 PANEL = 32  # outputs of a layer that are stored side by side; csrc/cpu/draft_kernel.h
 
-_EMBEDDING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_KEPT = 64  # beams, or a top k, that CUDA kernels keep; csrc/cuda/beam_step_kernel.cuh
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def packed_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -71,17 +81,18 @@ def pack_linear(weight: Tensor) -> Tensor:
 
 
 class CompiledDraft:
-    """``beam_search`` of one drafter with fixed settings, packed once and compiled.
+    """``beam_search`` of one drafter with fixed settings, compiled.
 
-    Memory: the packed layers take as much room as the drafter's own. ``take_weights=True`` frees
+    Memory on the CPU: the packed layers take as much room as the drafter's own. ``take_weights=True`` frees
     each of those as soon as it is packed (the drafter object is then of no further use), so that
-    the weights are held once and never more than one layer twice.
+    the weights are held once and never more than one layer twice. On CUDA the drafter's own weights
+    are referred to, and ``take_weights`` changes nothing.
 
-    Where the operators are not compiled, or the drafter is not on the CPU, calls go to the twin
-    and nothing is packed or freed.
+    Where the library has no kernels for the drafter's device, or settings or dtypes are beyond them,
+    calls go to the twin and nothing is packed or freed.
 
     Args:
-        drafter: on the CPU. Its ``embedding`` need not be bound.
+        drafter: on one device. Its ``embedding`` need not be bound.
         embedding: the target's input embedding table, ``[>= vocab_size, H]``, float32, bfloat16 or
             float16; rows may be apart by any stride. It is referred to, not copied. None: the
             drafter's.
@@ -130,11 +141,24 @@ class CompiledDraft:
         self.draft_vocab = None if drafter.draft_vocab is None else drafter.draft_vocab.contiguous()
         self._layers: list[Tensor] = []
         self._twin: Drafter | None = None
-        on_cpu = all(tensor.is_cpu for tensor in drafter.parameters()) and embedding.is_cpu
-        if not (compiled_available() and on_cpu and embedding.dtype in _EMBEDDING_DTYPES):
+        if not (compiled_available() and self._has_kernel(drafter)):
             self._twin = drafter
-            return
-        self._layers = _pack(drafter, take_weights)
+        elif self.embedding.is_cpu:
+            self._layers = _pack(drafter, take_weights)
+        else:
+            self._layers = plain_layers(drafter)
+
+    def _has_kernel(self, drafter: Drafter) -> bool:
+        device = self.embedding.device
+        if not has_kernel(device) or self.embedding.dtype not in _DTYPES:
+            return False
+        if any(tensor.device != device for tensor in drafter.parameters()):
+            return False
+        if device.type == "cpu":
+            return True
+        kept = max(self.beam_width, min(self.top_k, self.config.draft_vocab_size))
+        same_dtype = all(tensor.dtype == drafter.dtype for tensor in drafter.parameters())
+        return kept <= MAX_KEPT and same_dtype and drafter.dtype in _DTYPES
 
     @property
     def compiled(self) -> bool:
@@ -142,7 +166,7 @@ class CompiledDraft:
         return self._twin is None
 
     def packed_bytes(self) -> int:
-        """What the packed layers take in memory."""
+        """What the layers take in memory: packed ones, or on CUDA the drafter's own."""
         return sum(tensor.nbytes for tensor in self._layers)
 
     def __call__(self, context: Tensor, token: Tensor) -> Beams:
@@ -153,15 +177,16 @@ class CompiledDraft:
             token: ``[B]`` int64.
 
         Raises:
-            RuntimeError: shapes or dtypes do not fit, or a token has no embedding.
+            RuntimeError: shapes or dtypes do not fit, or (CPU) a token has no embedding.
         """
         if self._twin is not None:
             return self._call_twin(context, token)
         batch = token.shape[0]
         shape = (batch, self.draft_length, self.beam_width)
-        tokens = torch.empty(shape, dtype=torch.int64)
-        parents = torch.empty(shape, dtype=torch.int64)
-        scores = torch.empty(shape, dtype=torch.float32)
+        device = self.embedding.device
+        tokens = torch.empty(shape, dtype=torch.int64, device=device)
+        parents = torch.empty(shape, dtype=torch.int64, device=device)
+        scores = torch.empty(shape, dtype=torch.float32, device=device)
         torch.ops.redrafter.draft(
             tokens,
             parents,
@@ -190,38 +215,49 @@ class CompiledDraft:
             self._twin.embedding = bound
 
 
-def _pack(drafter: Drafter, take_weights: bool) -> list[Tensor]:
-    """The operator's ``layers``, in its order.
+def _linears(drafter: Drafter) -> Iterator[tuple[torch.nn.Linear, tuple[slice, ...]]]:
+    """The drafter's layers in the operator's order, and the column ranges each is handed over in.
 
-    With a recurrent cell: ``rnn_w``, ``rnn_u``, its bias. Then the layer that reads [context;
-    state], that is ``input_proj`` or without one the first block: context half, state half, bias
-    (nothing if there is neither). Then the other blocks: weight, bias. Last, the head. Weights are
-    packed, biases float32.
+    With a recurrent cell: ``rnn_w``, ``rnn_u`` (which has its bias). Then the layer that reads
+    [context; state], that is ``input_proj`` or without one the first block, in two halves, context
+    first (nothing if there is neither). Then the other blocks. Last, the head.
     """
     config = drafter.config
+    whole = (slice(None),)
+    if config.rnn:
+        yield drafter.rnn_w, whole
+        yield drafter.rnn_u, whole
+    halves = (slice(None, config.hidden_size), slice(config.hidden_size, None))
+    *blocks, head = drafter.lm_head
+    if config.has_input_proj:
+        yield drafter.input_proj, halves
+    elif blocks:
+        yield blocks.pop(0).linear, halves
+    for block in blocks:
+        yield block.linear, whole
+    yield head, whole
+
+
+def _pack(drafter: Drafter, take_weights: bool) -> list[Tensor]:
+    """The operator's ``layers`` on the CPU: ``_linears``, packed weights before float32 biases."""
     layers: list[Tensor] = []
-
-    def pack(linear: torch.nn.Linear, *columns: slice) -> None:
-        weight, bias = linear.weight, linear.bias
-        layers.extend(pack_linear(weight[:, part]) for part in columns or (slice(None),))
-        if bias is not None:
-            layers.append(bias.detach().to(torch.float32, copy=True))
-        if take_weights:
-            weight.data = weight.new_empty(0)
-
     with torch.inference_mode():
-        if config.rnn:
-            pack(drafter.rnn_w)
-            pack(drafter.rnn_u)
-        halves = (slice(None, config.hidden_size), slice(config.hidden_size, None))
-        *blocks, head = drafter.lm_head
-        if config.has_input_proj:
-            pack(drafter.input_proj, *halves)
-        elif blocks:
-            pack(blocks.pop(0).linear, *halves)
-        for block in blocks:
-            pack(block.linear)
-        pack(head)
+        for linear, parts in _linears(drafter):
+            layers.extend(pack_linear(linear.weight[:, part]) for part in parts)
+            if linear.bias is not None:
+                layers.append(linear.bias.detach().to(torch.float32, copy=True))
+            if take_weights:
+                linear.weight.data = linear.weight.new_empty(0)
+    return layers
+
+
+def plain_layers(drafter: Drafter) -> list[Tensor]:
+    """The operator's ``layers`` on CUDA: as on the CPU, but weights are views, ``[out, in]``."""
+    layers: list[Tensor] = []
+    for linear, parts in _linears(drafter):
+        layers.extend(linear.weight.detach()[:, part] for part in parts)
+        if linear.bias is not None:
+            layers.append(linear.bias.detach().to(torch.float32))
     return layers
 
 
