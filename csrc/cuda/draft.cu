@@ -2,8 +2,8 @@
 // Compiled and emulated in CI; not yet run on a GPU.
 // emulate-with: beam_step.cu
 // redrafter::draft on CUDA: the products through torch's dispatcher, which has them from cuBLAS
-// (and for the emulation's CPU tensors from the CPU); between them one kernel each. All memory comes
-// from torch's allocator, so that a CUDA graph can own it.
+// (and for the emulation's CPU tensors from the CPU); between them one kernel each. All memory
+// comes from torch's allocator, so that a CUDA graph can own it.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole beam draft as one compiled call.
 
-``torch.ops.redrafter.draft`` does what ``vllm_redrafter.drafter.beam_search`` says, L steps for
-B requests without returning to Python.
+``torch.ops.redrafter.draft`` does what ``vllm_redrafter.drafter.beam_search`` says, L steps for B
+requests without returning to Python.
 
 On the CPU it reads weights in a packed layout (``pack_linear``), so packing happens once, in
-``CompiledDraft``. Arithmetic: products of float32 weights are float32. Inputs of bfloat16 weights are rounded to
-bfloat16 and multiplied exactly; sums, activations between layers, logits, log-probabilities and
-scores are float32 (the twin, in bfloat16, rounds each of them). Which tokens are drafted may
-therefore differ from the twin's where candidates are closer than that rounding.
+``CompiledDraft``. Arithmetic: products of float32 weights are float32. Inputs of bfloat16 weights
+are rounded to bfloat16 and multiplied exactly; sums, activations between layers, logits,
+log-probabilities and scores are float32 (the twin, in bfloat16, rounds each of them). Which tokens
+are drafted may therefore differ from the twin's where candidates are closer than that rounding.
 
 On CUDA it reads the weights as they are (``plain_layers``), and torch's matrix product multiplies
 them, by its settings for float32. Activations and logits are rounded to the weights' dtype, as the
 twin's are, but not each intermediate of a layer; log-probabilities and scores are float32. Nothing
 is read back, so a call can be captured in a CUDA graph. What the CPU refuses by looking at values
-has this outcome there: a token (of ``token``, or drafted through ``draft_vocab``) without a row in the
-embedding is embedded as zeros. Limits: W and top_k up to 64, B times W up to 65535.
+has this outcome there: a token (of ``token``, or drafted through ``draft_vocab``) without a row in
+the embedding is embedded as zeros. Limits: W and top_k up to 64, B times W up to 65535.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ def pack_linear(weight: Tensor) -> Tensor:
 class CompiledDraft:
     """``beam_search`` of one drafter with fixed settings, compiled.
 
-    Memory on the CPU: the packed layers take as much room as the drafter's own. ``take_weights=True`` frees
-    each of those as soon as it is packed (the drafter object is then of no further use), so that
-    the weights are held once and never more than one layer twice. On CUDA the drafter's own
-    weights are referred to, and ``take_weights`` changes nothing.
+    Memory on the CPU: the packed layers take as much room as the drafter's own.
+    ``take_weights=True`` frees each of those as soon as it is packed (the drafter object is then of
+    no further use), so that the weights are held once and never more than one layer twice. On CUDA
+    the drafter's own weights are referred to, and ``take_weights`` changes nothing.
 
     Where the library has no kernels for the drafter's device, or settings or dtypes are beyond
     them, calls go to the twin and nothing is packed or freed.
