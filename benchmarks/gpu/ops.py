@@ -9,7 +9,7 @@ and arguments skips it (--again repeats it). DIR/ops_gpu.json and DIR/ops_gpu.md
 all stages there are; a stage without a file says "not run".
 
 Times are medians of replays, in microseconds per call. A graph holds many calls, on different
-caches where one cache would fit into L2, because a model's other layers come between in reality. The
+caches where one cache would fit into L2, as a model's other layers come between in reality. The
 twins read from the host and are timed eagerly, between CUDA events. Rehearsals time single calls
 with the wall clock, and their figures mean nothing.
 

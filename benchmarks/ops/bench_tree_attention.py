@@ -70,6 +70,7 @@ class Case:
         self.vllm_out = torch.empty_like(self.query)
         self.index = torch.arange(requests, dtype=torch.int32)
         self.start = torch.arange(requests + 1, dtype=torch.int32) * rows
+        self.row_start = self.start[:-1]
         self.count = torch.full((requests,), rows, dtype=torch.int32)
         self.context = torch.full((requests,), context, dtype=torch.int32)
         self.lens = self.context + self.count
@@ -85,7 +86,7 @@ class Case:
         for key, value in self.caches:
             tree_attention(
                 self.out, self.query, key, value, self.key_map, self.value_map, self.table,
-                self.index, self.start[:-1], self.count, self.context, self.masks, self.scale,
+                self.index, self.row_start, self.count, self.context, self.masks, self.scale,
             )  # fmt: skip
 
     def vllm(self) -> None:

@@ -79,7 +79,7 @@ def compare(benchmark, request: pytest.FixtureRequest, sweep) -> Callable[..., d
         ours: what pytest-benchmark times.
         others: by name; timed between the rounds of ours, under the same conditions.
         targets: by name of another the most that ours / other may be, or under "ms" the most
-            milliseconds of ours. They are reported, and never a failure: the machine has neighbours.
+            milliseconds of ours. Reported, and never a failure: the machine has neighbours.
         cold: sweep before every call.
         facts: go into the results.
     """
@@ -155,7 +155,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
             for k, most in row["target"].items()
         )
         terminalreporter.line(
-            f"{row['name']:64} {row['median_ms']['ours']:8.4f} (best {row['best_ms']['ours']:.4f})  "
+            f"{row['name']:50} {row['median_ms']['ours']:8.4f} "
+            f"(best {row['best_ms']['ours']:.4f})  "
             f"{others}  {targets}  [others {row['cores_used_by_others']:.2f} cores]"
         )
     if path := config.getoption("--ops-json"):
