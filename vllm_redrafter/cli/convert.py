@@ -2,6 +2,7 @@
 """`vllm-redrafter convert`: pickled or differently named drafter weights into our format."""
 
 import argparse
+import json
 import os
 import pickle
 import re
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_redrafter.cli import UserError
@@ -25,6 +26,7 @@ from vllm_redrafter.drafter.checkpoint import (
     save_drafter,
 )
 from vllm_redrafter.drafter.config import (
+    APPLE_MODEL_TYPE,
     APPLE_TOP_K,
     DrafterConfig,
     DrafterError,
@@ -62,12 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dst", type=Path, metavar="DST", help="directory to write")
     parser.add_argument("--force", action="store_true",
                         help="replace a drafter that is already in DST")  # fmt: skip
+    parser.add_argument("--to", choices=("redrafter", "apple"), default="redrafter",
+                        help="format to write (default: redrafter)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert, print what was written; returns the exit code."""
     try:
-        drafter = convert(args.src, args.dst, force=args.force)
+        drafter = convert(args.src, args.dst, force=args.force, to=args.to)
     except DrafterError as error:
         raise UserError(str(error)) from error
     config = drafter.config
@@ -79,15 +83,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def convert(src: Path, dst: Path, *, force: bool = False) -> Drafter:
+def convert(src: Path, dst: Path, *, force: bool = False, to: str = "redrafter") -> Drafter:
     """Write the drafter in ``src`` to the directory ``dst`` as config.json and safetensors.
 
     Pickles are read with ``weights_only``: a file that holds anything but tensors and plain
-    values is refused, and nothing in it runs.
+    values is refused, and nothing in it runs. ``to`` is ``redrafter`` or ``apple``.
 
     Raises:
         DrafterError: nothing to convert, unreadable or refused weights, names that are no
-            drafter's, or a ``dst`` that is in use.
+            drafter's, a ``dst`` that is in use, or a drafter that ``to`` has no room for.
     """
     if not src.exists():
         raise DrafterError(f"'{src}' does not exist; give a drafter's directory or weights file.")
@@ -109,11 +113,39 @@ def convert(src: Path, dst: Path, *, force: bool = False) -> Drafter:
     dst.parent.mkdir(parents=True, exist_ok=True)
     # Two files that belong together: written aside, so that a failure leaves no half of them.
     with tempfile.TemporaryDirectory(prefix=f".{dst.name}-", dir=dst.parent) as aside:
-        save_drafter(drafter, aside)
+        (save_apple if to == "apple" else save_drafter)(drafter, aside)
         dst.mkdir(exist_ok=True)
         for name in (WEIGHTS_NAME, "config.json"):
             os.replace(Path(aside) / name, dst / name)
     return drafter
+
+
+def save_apple(drafter: Drafter, directory: str | Path) -> None:
+    """Write ``drafter`` in Apple's format, which has no serving options: readers use top_k 50.
+
+    Raises:
+        DrafterError: a draft vocabulary or a shared head, for which that format has no place.
+    """
+    config = drafter.config
+    if drafter.draft_vocab is not None or config.shared_head:
+        what = "shares its output head with the target" if config.shared_head else (
+            f"has a draft vocabulary of {config.draft_vocab_size} ids"
+        )  # fmt: skip
+        raise DrafterError(
+            f"The drafter {what}, which Apple's format cannot store; leave out --to apple."
+        )
+    tensors = {name: tensor.contiguous() for name, tensor in drafter.state_dict().items()}
+    save_file(tensors, Path(directory) / WEIGHTS_NAME, metadata={"format": "pt"})
+    fields = {
+        "model_type": APPLE_MODEL_TYPE,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "exit_dim": config.exit_dim,
+        "num_draft_layers": config.num_draft_layers,
+        "rnn": bool(config.rnn),
+    }
+    text = json.dumps(fields, indent=2) + "\n"
+    (Path(directory) / "config.json").write_text(text, encoding="utf-8")
 
 
 def read_weights(src: Path) -> dict[str, Tensor]:
