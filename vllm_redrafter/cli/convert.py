@@ -34,6 +34,7 @@ from vllm_redrafter.drafter.config import (
     read_json,
 )
 from vllm_redrafter.drafter.model import Drafter
+from vllm_redrafter.drafter.trim import read_integers, trim_vocabulary
 
 # Looked for in this order before "whatever single pickle there is".
 _USUAL_PICKLES = ("pytorch_model.bin", "model.pt")
@@ -66,12 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="replace a drafter that is already in DST")  # fmt: skip
     parser.add_argument("--to", choices=("redrafter", "apple"), default="redrafter",
                         help="format to write (default: redrafter)")  # fmt: skip
+    parser.add_argument("--draft-vocab", type=Path, metavar="FILE",
+                        help="keep only these rows of a full output head: one id a line")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert, print what was written; returns the exit code."""
     try:
-        drafter = convert(args.src, args.dst, force=args.force, to=args.to)
+        ids = None if args.draft_vocab is None else read_integers(args.draft_vocab)
+        drafter = convert(args.src, args.dst, force=args.force, to=args.to, draft_vocab=ids)
     except DrafterError as error:
         raise UserError(str(error)) from error
     config = drafter.config
@@ -83,7 +87,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def convert(src: Path, dst: Path, *, force: bool = False, to: str = "redrafter") -> Drafter:
+def convert(
+    src: Path,
+    dst: Path,
+    *,
+    force: bool = False,
+    to: str = "redrafter",
+    draft_vocab: list[int] | None = None,
+) -> Drafter:
     """Write the drafter in ``src`` to the directory ``dst`` as config.json and safetensors.
 
     Pickles are read with ``weights_only``: a file that holds anything but tensors and plain
@@ -91,7 +102,8 @@ def convert(src: Path, dst: Path, *, force: bool = False, to: str = "redrafter")
 
     Raises:
         DrafterError: nothing to convert, unreadable or refused weights, names that are no
-            drafter's, a ``dst`` that is in use, or a drafter that ``to`` has no room for.
+            drafter's, a ``dst`` that is in use, or a drafter that ``to`` or ``draft_vocab`` does not
+            suit.
     """
     if not src.exists():
         raise DrafterError(f"'{src}' does not exist; give a drafter's directory or weights file.")
@@ -110,6 +122,8 @@ def convert(src: Path, dst: Path, *, force: bool = False, to: str = "redrafter")
     # Nothing of a shared head is stored; its place only has to have the right shape.
     lm_head = torch.zeros(config.vocab_size, config.hidden_size) if config.shared_head else None
     drafter = build_drafter(config, tensors, directory, lm_head=lm_head)
+    if draft_vocab is not None:
+        drafter = trim_vocabulary(drafter, draft_vocab)
     dst.parent.mkdir(parents=True, exist_ok=True)
     # Two files that belong together: written aside, so that a failure leaves no half of them.
     with tempfile.TemporaryDirectory(prefix=f".{dst.name}-", dir=dst.parent) as aside:
