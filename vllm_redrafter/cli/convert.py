@@ -102,7 +102,7 @@ def convert(
 
     Raises:
         DrafterError: nothing to convert, unreadable or refused weights, names that are no
-            drafter's, a ``dst`` that is in use, or a drafter that ``to`` or ``draft_vocab`` does not
+            drafter's, a ``dst`` in use, or a drafter that ``to`` or ``draft_vocab`` does not
             suit.
     """
     if not src.exists():
