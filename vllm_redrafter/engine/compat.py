@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 
 # Versions whose hooks were run, not only read.
 TESTED_VLLM = ("0.32.0",)
 
 RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+V2_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,17 @@ class Hook:
         why: what we do with it.
         parameters: names that its signature must have (we pass or receive them by name or order).
         fields: names that a class must declare (dataclass, NamedTuple or enum).
+        runner: "v1" or "v2" if only the engine for that model runner needs it, "" for both.
     """
 
     where: str
     why: str
     parameters: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
+    runner: str = ""
 
 
-HOOKS: tuple[Hook, ...] = (
+_SHARED = (
     Hook(
         "vllm.engine.arg_utils:EngineArgs.create_engine_config",
         "wrapped: rewrites method 'redrafter' into fields that vLLM accepts",
@@ -54,6 +57,19 @@ HOOKS: tuple[Hook, ...] = (
             "kv_transfer_config",
         ),
     ),  # fmt: skip
+    Hook(
+        "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding",
+        "finds the target's input embedding table",
+    ),
+    Hook(
+        "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead",
+        "finds the target's output head",
+    ),
+    Hook("vllm.platforms:current_platform.is_cpu", "refuses other platforms"),
+    Hook("vllm.platforms:current_platform.is_cuda", "chooses the worker"),
+)
+
+_V1 = (
     Hook(
         "vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer",
         "builds our proposer from its class path",
@@ -158,15 +174,216 @@ HOOKS: tuple[Hook, ...] = (
         "vllm.model_executor.layers.attention:Attention",
         "the layers whose `impl` is given our class, in our engine alone",
     ),
+)
+
+_V2 = (
+    Hook("vllm.triton_utils:HAS_TRITON", "whether vLLM would choose Model Runner V2"),
+    Hook("vllm.config:VllmConfig.use_v2_model_runner", "which one it did choose"),
     Hook(
-        "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding",
-        "finds the target's input embedding table",
+        "vllm.model_executor.models.registry:ModelRegistry.register_model",
+        "makes the carrier's architecture known",
+        parameters=("model_arch", "model_cls"),
     ),
     Hook(
-        "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead",
-        "finds the target's output head",
+        "vllm.v1.worker.gpu.model_runner:init_speculator",
+        "module global replaced during init_device",
+        parameters=("vllm_config", "device", "req_states"),
     ),
-    Hook("vllm.platforms:current_platform.is_cpu", "refuses other platforms"),
+    Hook(
+        f"{V2_RUNNER}.sample",
+        "calls the model state's rejection sampler with logits, batch, draft logits, invalid ones",
+        parameters=("hidden_states", "input_batch", "grammar_output"),
+    ),
+    Hook(f"{V2_RUNNER}.postprocess_sampled", "calls postprocess_state", ("num_sampled",)),
+    Hook("vllm.v1.worker.gpu_worker:Worker.init_device", "extended: names our speculator"),
+    Hook(
+        "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator",
+        "the base class of our speculator",
+        parameters=("vllm_config", "device"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.load_draft_model",
+        "overridden: loads the drafter",
+        parameters=("target_model", "target_attn_layer_names"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.load_model",
+        "overridden: hands the runner our model state",
+        parameters=("target_model",),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.set_attn",
+        "overridden: a drafter has no attention",
+        parameters=("model_state", "kv_cache_config", "block_tables"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.init_cudagraph_manager",
+        "overridden: no graphs yet",
+        parameters=("cudagraph_mode",),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.capture",
+        "overridden: no graphs yet",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.propose",
+        "overridden: the draft",
+        parameters=(
+            "input_batch",
+            "attn_metadata",
+            "slot_mappings",
+            "last_hidden_states",
+            "aux_hidden_states",
+            "num_sampled",
+            "num_rejected",
+            "last_sampled",
+            "next_prefill_tokens",
+            "temperature",
+            "seeds",
+            "dp_sync_state",
+            "dummy_run",
+            "skip_attn_for_dummy_run",
+            "mm_inputs",
+            "is_profile",
+            "num_speculative_tokens",
+        ),
+    ),  # fmt: skip
+    Hook(
+        "vllm.v1.worker.gpu.model_states:resolve_model_state_cls",
+        "asks the target for get_model_state_cls",
+        parameters=("vllm_config", "model"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_states.default:DefaultModelState",
+        "the base class of our model state",
+        parameters=("vllm_config", "model", "encoder_cache", "device"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_states.default:DefaultModelState.add_request",
+        "extended: what may be drafted for a request",
+        parameters=("req_index", "new_req_data"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
+        "extended: attaches the trees of the step to the attention metadata",
+        parameters=("input_batch", "cudagraph_mode", "block_tables", "slot_mappings"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_inputs",
+        "extended: positions by depth",
+        parameters=("input_batch", "req_states"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_dummy_inputs",
+        "extended: the buffer of positions",
+        parameters=("num_reqs", "num_tokens"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_states.interface:ModelState.custom_sampler",
+        "overridden: the tree sampler",
+        parameters=("sampler",),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_states.interface:ModelState.initialize_kv_cache",
+        "extended: our attention, and what moves KV",
+        parameters=("kv_cache_config", "block_tables"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_states.interface:ModelState.postprocess_state",
+        "overridden: moves the accepted path's KV",
+        parameters=("idx_mapping", "num_sampled", "num_computed_tokens"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.input_batch:InputBatch",
+        "the rows of a step",
+        fields=(
+            "num_reqs",
+            "idx_mapping",
+            "idx_mapping_np",
+            "expanded_idx_mapping",
+            "expanded_local_pos",
+            "num_scheduled_tokens",
+            "num_tokens_after_padding",
+            "num_draft_tokens",
+            "num_draft_tokens_per_req",
+            "query_start_loc",
+            "seq_lens",
+            "num_computed_tokens_np",
+            "input_ids",
+            "positions",
+            "logits_indices",
+            "cu_num_logits",
+            "cu_num_logits_np",
+        ),
+    ),  # fmt: skip
+    Hook(
+        "vllm.v1.worker.gpu.input_batch:get_num_sampled_and_rejected",
+        "emitted tokens and rejected rows, 0 for a prefill that goes on",
+        parameters=("num_sampled", "seq_lens", "cu_num_logits", "idx_mapping", "prefill_len"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.sample.sampler:Sampler.sample",
+        "draws the target's token at every row",
+        parameters=(
+            "logits",
+            "expanded_idx_mapping",
+            "idx_mapping",
+            "idx_mapping_np",
+            "pos",
+            "input_ids",
+            "expanded_local_pos",
+            "seq_lens_upper_bound_np",
+            "return_logprobs",
+        ),
+    ),  # fmt: skip
+    Hook(
+        "vllm.v1.worker.gpu.sample.sampler:Sampler.get_logprobs_dims",
+        "how many logprobs are asked for",
+        parameters=("idx_mapping_np",),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.sample.logprob:compute_topk_scores",
+        "logprobs of the path",
+        parameters=(
+            "logits",
+            "num_logprobs",
+            "sampled_token_ids",
+            "cu_num_logits",
+            "logprob_token_ids_state",
+            "expanded_idx_mapping",
+            "max_per_req_token_ids",
+            "logits_mode",
+        ),
+    ),  # fmt: skip
+    Hook("vllm.config.model:PROCESSED_LOGPROBS_MODES", "which logits logprobs are taken from"),
+    Hook("vllm.v1.worker.gpu.metrics.logits:get_num_nans", "as vLLM's samplers", ("logits",)),
+    Hook(
+        "vllm.v1.worker.gpu.sample.output:SamplerOutput",
+        "what the tree sampler returns",
+        fields=(
+            "sampled_token_ids",
+            "logprobs_tensors",
+            "num_nans",
+            "num_sampled",
+            "num_rejected",
+        ),
+    ),  # fmt: skip
+    Hook(
+        "vllm.v1.core.sched.output:NewRequestData",
+        "what a request may have drafted",
+        fields=("sampling_params", "lora_request", "prompt_embeds"),
+    ),
+    Hook(
+        "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward",
+        "overridden on CUDA: tree rows go through our op",
+        parameters=("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+    ),
+)
+
+HOOKS: tuple[Hook, ...] = (
+    *_SHARED,
+    *(replace(hook, runner="v1") for hook in _V1),
+    *(replace(hook, runner="v2") for hook in _V2),
 )
 
 
@@ -198,9 +415,14 @@ def check_hook(hook: Hook) -> str | None:
     return None
 
 
-def check_hooks() -> list[tuple[Hook, str | None]]:
-    """Every hook with its problem, None where it is as we expect it."""
-    return [(hook, check_hook(hook)) for hook in HOOKS]
+def check_hooks(runner: str = "") -> list[tuple[Hook, str | None]]:
+    """Every hook with its problem, None where it is as we expect it.
+
+    Args:
+        runner: leave out what only the engine for the other model runner needs; "" for all.
+    """
+    wanted = [hook for hook in HOOKS if not (runner and hook.runner) or hook.runner == runner]
+    return [(hook, check_hook(hook)) for hook in wanted]
 
 
 def vllm_version() -> str:

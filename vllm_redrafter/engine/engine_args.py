@@ -2,8 +2,10 @@
 """``method: redrafter`` -> what an unmodified vLLM accepts.
 
 ``SpeculativeConfig.method`` is a closed list tested in many places of vLLM. So the method never
-reaches it: ``EngineArgs.create_engine_config`` is wrapped, and public fields are rewritten to
-``custom_class`` with our proposer, our worker, and the options in ``additional_config``.
+reaches it: ``EngineArgs.create_engine_config`` is wrapped, and public fields are rewritten: our
+worker, the options in ``additional_config``, and a method that vLLM has. That is ``custom_class``
+with our proposer for Model Runner V1, and for V2 ``draft_model`` with the drafter's directory (see
+``vllm_redrafter.engine.v2.carrier``).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_redrafter.drafter.config import MODEL_TYPES, DrafterError, load_config, model_type_of
-from vllm_redrafter.options import METHOD, OptionError, check_keys, resolve_options
+from vllm_redrafter.options import METHOD, SCHEDULE, OptionError, check_keys, resolve_options
 
 logger = logging.getLogger("vllm.vllm_redrafter")
 
@@ -24,6 +26,10 @@ OPTIONS_KEY = "redrafter"
 
 PROPOSER_PATH = "vllm_redrafter.engine.v1.proposer.ReDrafterProposer"
 CPU_WORKER_PATH = "vllm_redrafter.engine.v1.worker.ReDrafterCPUWorker"
+
+V2_CARRIER = "vllm_redrafter.engine.v2.carrier:register_carrier"
+V2_CPU_WORKER_PATH = "vllm_redrafter.engine.v2.cpu_worker.ReDrafterCPUWorker"
+V2_CUDA_WORKER_PATH = "vllm_redrafter.engine.v2.cuda_worker.ReDrafterGPUWorker"
 
 _WRAPPED_MARK = "_vllm_redrafter_wrapped"
 
@@ -50,10 +56,10 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm_redrafter.engine.checks import check_engine_args, check_engine_config
 
         options, drafter = read_options(asked)
-        check_engine_args(self)
-        rewrite(self, options)
+        v2 = check_engine_args(self)
+        rewrite(self, options, v2)
         config = original(self, *args, **kwargs)
-        check_engine_config(config, options, drafter)
+        check_engine_config(config, options, drafter, v2)
         return config
 
     return create_engine_config
@@ -129,18 +135,48 @@ def locate(model: str) -> str:
         ) from error
 
 
-def rewrite(engine_args: Any, options: Any) -> None:
-    """Put the options where vLLM carries them; touches public fields only."""
+def rewrite(engine_args: Any, options: Any, v2: bool = False) -> None:
+    """Put the options where vLLM carries them; touches public fields only.
+
+    Args:
+        v2: for Model Runner V2.
+    """
     engine_args.speculative_config = {
         "method": "custom_class",
         "model": PROPOSER_PATH,
         "num_speculative_tokens": options.num_speculative_tokens,
     }
+    engine_args.worker_cls = CPU_WORKER_PATH
+    if v2:
+        _rewrite_for_v2(engine_args, options)
     engine_args.spec_method = engine_args.spec_model = engine_args.spec_tokens = None
     additional = dict(engine_args.additional_config or {})
     additional[OPTIONS_KEY] = options.to_dict()
     engine_args.additional_config = additional
-    engine_args.worker_cls = CPU_WORKER_PATH
+
+
+def _rewrite_for_v2(engine_args: Any, options: Any) -> None:
+    from vllm.platforms import current_platform
+
+    from vllm_redrafter.engine.compat import resolve
+
+    # By name: what both engines share imports neither.
+    resolve(V2_CARRIER)()  # type: ignore[operator]
+    engine_args.speculative_config = {
+        "method": "draft_model",
+        "model": options.model,
+        "num_speculative_tokens": options.num_speculative_tokens,
+        # The other choice would keep logits of every draft.
+        "draft_sample_method": "greedy",
+    }
+    if options.num_speculative_tokens_per_batch_size:
+        engine_args.speculative_config[SCHEDULE] = [
+            (first, last, min(nodes, options.num_speculative_tokens))
+            for first, last, nodes in options.num_speculative_tokens_per_batch_size
+        ]
+    engine_args.worker_cls = (
+        V2_CPU_WORKER_PATH if current_platform.is_cpu() else V2_CUDA_WORKER_PATH
+    )
 
 
 def options_of(vllm_config: Any) -> Any:

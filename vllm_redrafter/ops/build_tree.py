@@ -10,11 +10,15 @@ from vllm_redrafter.drafter.beam_search import Beams
 from vllm_redrafter.ops.library import compiled_available, has_kernel
 from vllm_redrafter.tree import build as twin
 from vllm_redrafter.tree.rules import TREE_RULES, TreeRule
-from vllm_redrafter.tree.tree import MASK_WORD_BITS, Tree
+from vllm_redrafter.tree.tree import MASK_WORD_BITS, NO_PARENT, Tree, pack_bits
 
 
 def build_tree(
-    beams: Beams, rule: TreeRule = "best", num_nodes: int | None = None
+    beams: Beams,
+    rule: TreeRule = "best",
+    num_nodes: int | None = None,
+    *,
+    fixed_size: bool = False,
 ) -> tuple[Tree, Tensor]:
     """``vllm_redrafter.tree.build.build_tree`` and its ``Tree.packed_mask``, in one compiled call.
 
@@ -26,6 +30,7 @@ def build_tree(
         beams: the draft.
         rule: ``best`` or ``beams``.
         num_nodes: the most nodes a tree may have, not counting the root; None for no limit.
+        fixed_size: pad as on CUDA on the CPU too, so that no size depends on what was drafted.
 
     Returns:
         tree: ``Tree`` of M columns.
@@ -42,9 +47,9 @@ def build_tree(
         twin.build_tree(beams, rule, num_nodes)  # raises
     device = beams.tokens.device
     if not has_kernel(device):
-        return _twin(beams, rule, num_nodes)
-    batch, length, width = beams.tokens.shape
-    most = 1 + (length * width if num_nodes is None else min(num_nodes, length * width))
+        tree, masks = _twin(beams, rule, num_nodes)
+        return _padded(tree, masks, _most(beams, num_nodes)) if fixed_size else (tree, masks)
+    batch, most = beams.batch_size, _most(beams, num_nodes)
     tokens, parents, depths = torch.empty(3, batch, most, dtype=torch.int64, device=device)
     words = -(-most // MASK_WORD_BITS)
     masks = torch.empty(batch, most, words, dtype=torch.int64, device=device)
@@ -53,11 +58,37 @@ def build_tree(
         tokens, parents, depths, masks, counts, beams.root.contiguous(), beams.tokens.contiguous(),
         beams.parents.contiguous(), beams.scores.contiguous(), rule == "best",
     )  # fmt: skip
-    if device.type == "cpu":
+    if device.type == "cpu" and not fixed_size:
         used = int(counts.max()) if batch else 1
         tokens, parents, depths = tokens[:, :used], parents[:, :used], depths[:, :used]
         masks = masks[:, :used, : -(-used // MASK_WORD_BITS)]
     return Tree(tokens, parents, depths, counts), masks
+
+
+def _most(beams: Beams, num_nodes: int | None) -> int:
+    """Columns that hold every tree of such a draft, the root's included."""
+    kept = beams.draft_length * beams.beam_width
+    return 1 + (kept if num_nodes is None else min(num_nodes, kept))
+
+
+def _padded(tree: Tree, masks: Tensor, columns: int) -> tuple[Tree, Tensor]:
+    """The same trees with more padding: a padding row has parent -1 and sees itself alone."""
+    batch, have = tree.tokens.shape
+    device = tree.tokens.device
+    words = -(-columns // MASK_WORD_BITS)
+    out = Tree(
+        tokens=torch.zeros(batch, columns, dtype=torch.int64, device=device),
+        parents=torch.full((batch, columns), NO_PARENT, dtype=torch.int64, device=device),
+        depths=torch.zeros(batch, columns, dtype=torch.int64, device=device),
+        num_nodes=tree.num_nodes,
+    )
+    out.tokens[:, :have] = tree.tokens
+    out.parents[:, :have] = tree.parents
+    out.depths[:, :have] = tree.depths
+    wide = pack_bits(torch.eye(columns, dtype=torch.bool)).to(device).repeat(batch, 1, 1)
+    wide[:, :have] = 0
+    wide[:, :have, : min(words, masks.shape[2])] = masks[:, :, :words]
+    return out, wide
 
 
 def _twin(beams: Beams, rule: TreeRule, num_nodes: int | None) -> tuple[Tree, Tensor]:

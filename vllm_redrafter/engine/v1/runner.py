@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from vllm.v1.outputs import SamplerOutput
 
-from vllm_redrafter.engine.checks import check_layers
+from vllm_redrafter.engine.cpu_attention import take_over
 from vllm_redrafter.engine.engine_args import options_of
 from vllm_redrafter.engine.metrics import ReDrafterStats
-from vllm_redrafter.engine.v1.cpu_attention import ADOPTABLE, STEP_ATTRIBUTE, TreeStep, adopt
-from vllm_redrafter.engine.v1.kv_layout import probe_layout, split_cache
+from vllm_redrafter.engine.tree_step import STEP_ATTRIBUTE, TreeStep
 from vllm_redrafter.engine.v1.request_tree import RequestTree, chain, chain_masks, mask_words
 from vllm_redrafter.engine.v1.walk import (
     BatchWalk,
@@ -87,22 +86,7 @@ class TreeRunnerMixin:
         self._movers = []
         for group in self.kv_cache_config.kv_cache_groups:
             members = {name: layers[name] for name in group.layer_names}
-            check_layers(members, ADOPTABLE)
-            first = next(iter(members.values()))
-            layout = probe_layout(first, first.kv_cache)
-            for layer in members.values():
-                adopt(layer, layout)
-            # Layers that share a cache must have it moved once.
-            caches = {layer.kv_cache.data_ptr(): layer.kv_cache for layer in members.values()}
-            halves = [split_cache(cache) for cache in caches.values()]
-            self._movers.append(
-                MoveKV(
-                    [key for key, _ in halves],
-                    [value for _, value in halves],
-                    layout.key_map,
-                    layout.value_map,
-                )
-            )
+            self._movers.append(take_over(members))
 
     # -- before the forward pass -----------------------------------------------------------
 

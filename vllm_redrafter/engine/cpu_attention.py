@@ -3,39 +3,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
 
-from vllm_redrafter.engine.v1.kv_layout import KVLayout, split_cache
+from vllm_redrafter.engine.checks import check_layers
+from vllm_redrafter.engine.kv_layout import KVLayout, probe_layout, split_cache
+from vllm_redrafter.engine.tree_step import STEP_ATTRIBUTE, TreeStep
+from vllm_redrafter.ops.move_kv import MoveKV
 from vllm_redrafter.ops.tree_attention import tree_attention
-
-# Attribute under which the runner hangs a TreeStep on vLLM's attention metadata.
-STEP_ATTRIBUTE = "redrafter_step"
-
-
-@dataclass(frozen=True)
-class TreeStep:
-    """Which rows of one step our op computes.
-
-    Attributes:
-        request_index: int32 ``[R]``, row of the block table of each covered request.
-        row_start: int32 ``[R]``, its first query row, the root.
-        row_count: int32 ``[R]``, its query rows.
-        context_lens: int32 ``[R]``, its cached tokens before the root.
-        masks: int64 ``[T, words]``, which of its request's rows a row sees.
-        covers_all: no other rows are in this step, so vLLM's own kernel is not needed.
-    """
-
-    request_index: Tensor
-    row_start: Tensor
-    row_count: Tensor
-    context_lens: Tensor
-    masks: Tensor
-    covers_all: bool
 
 
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
@@ -96,3 +74,28 @@ def adopt(layer: torch.nn.Module, layout: KVLayout) -> None:
     """Give ``layer`` our attention; the class of its ``impl`` must be in ADOPTABLE."""
     layer.impl.__class__ = TreeCPUAttentionImpl
     layer.impl.redrafter_layout = layout
+
+
+def take_over(members: dict[str, Any]) -> MoveKV:
+    """Give the layers of one KV cache group our attention; returns what moves their tokens.
+
+    Args:
+        members: layers by name, caches bound.
+
+    Raises:
+        UnsupportedError: a layer that we cannot compute.
+    """
+    check_layers(members, ADOPTABLE)
+    first = next(iter(members.values()))
+    layout = probe_layout(first, first.kv_cache)
+    for layer in members.values():
+        adopt(layer, layout)
+    # Layers that share a cache must have it moved once.
+    caches = {layer.kv_cache.data_ptr(): layer.kv_cache for layer in members.values()}
+    halves = [split_cache(cache) for cache in caches.values()]
+    return MoveKV(
+        [key for key, _ in halves],
+        [value for _, value in halves],
+        layout.key_map,
+        layout.value_map,
+    )

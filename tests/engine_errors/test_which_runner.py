@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine is prepared for the model runner that vLLM will choose."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_redrafter.engine import checks, compat, engine_args
+from vllm_redrafter.engine.checks import UnsupportedError, check_engine_args
+from vllm_redrafter.engine.engine_args import OPTIONS_KEY, V2_CPU_WORKER_PATH
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    """As if Triton could run here: vLLM's own condition for Model Runner V2."""
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", True)
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+
+
+def test_v1_on_a_cpu_without_triton(engine_config):
+    config = engine_config()
+    assert not config.use_v2_model_runner
+    assert config.speculative_config.method == "custom_class"
+    assert config.parallel_config.worker_cls.startswith("vllm_redrafter.engine.v1.")
+
+
+def test_v2_where_vllm_would_run_it(engine_config, triton, drafter):
+    config = engine_config()
+    assert config.use_v2_model_runner
+    assert config.parallel_config.worker_cls == V2_CPU_WORKER_PATH
+    spec = config.speculative_config
+    assert (spec.method, spec.model) == ("draft_model", str(drafter))
+    options = config.additional_config[OPTIONS_KEY]
+    assert spec.num_speculative_tokens == options["num_speculative_tokens"]
+    assert spec.draft_sample_method == "greedy"
+
+
+def test_a_schedule_by_batch_size_is_handed_to_vllm(engine_config, triton):
+    schedule = [[1, 2, 9], [3, 8, 2]]
+    config = engine_config(options={"num_speculative_tokens_per_batch_size": schedule})
+    spec = config.speculative_config
+    given = [tuple(row) for row in spec.num_speculative_tokens_per_batch_size]
+    assert given == [(1, 2, min(9, spec.num_speculative_tokens)), (3, 8, 2)]
+
+
+def test_forced_v1(engine_config, triton, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    assert engine_config().speculative_config.method == "custom_class"
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+
+
+ARGS = SimpleNamespace(worker_cls="auto")  # what the check reads of EngineArgs
+
+
+def test_cuda_says_that_it_has_not_run_on_a_gpu(cuda, triton, caplog):
+    logging.getLogger("vllm").propagate = True
+    with caplog.at_level("WARNING", logger="vllm"):
+        assert check_engine_args(ARGS) is True
+    # A set: vLLM's handlers may hand a record on twice.
+    assert len({r.message for r in caplog.records if "not been run on a GPU" in r.message}) == 1
+
+
+def test_cuda_gets_the_gpu_worker(cuda, triton, monkeypatch):
+    from vllm_redrafter.options import ReDrafterOptions
+
+    made = SimpleNamespace(additional_config=None)
+    engine_args.rewrite(made, ReDrafterOptions(model="m", num_speculative_tokens=3), v2=True)
+    assert made.worker_cls == engine_args.V2_CUDA_WORKER_PATH
+
+
+def test_cuda_needs_v2(cuda):
+    with pytest.raises(UnsupportedError, match="needs Model Runner V2 on CUDA"):
+        check_engine_args(ARGS)
+
+
+def test_a_runner_that_changed_its_mind(engine_config, triton, monkeypatch):
+    monkeypatch.setattr(checks, "wants_v2", lambda: True)
+    monkeypatch.setattr("vllm.config.vllm.VllmConfig.use_v2_model_runner", False)
+    with pytest.raises(UnsupportedError, match="chose another model runner"):
+        engine_config()
+
+
+def test_symbols_of_the_other_engine_do_not_matter(engine_config, monkeypatch):
+    gone = compat.Hook("vllm.no_such_module:Thing", "x", runner="v2")
+    monkeypatch.setattr(compat, "HOOKS", (*compat.HOOKS, gone))
+    assert engine_config()
+    assert [hook for hook, problem in compat.check_hooks() if problem] == [gone]

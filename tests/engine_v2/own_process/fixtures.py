@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loaded with ``-p`` in the process that runs Model Runner V2; never in the others."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from engine_v1.tiny_target import tiny_drafter, write_target, write_taught_drafter
+from triton.runtime.interpreter import InterpreterBuilder
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.sample.ops import topk_topp_sampler
+
+from engine_v2.own_process.engines import SPEC, Pair, engine
+from vllm_redrafter.drafter.checkpoint import save_drafter
+from vllm_redrafter.plugin import register
+
+# A Triton kernel that the interpreter cannot run; its PyTorch form is exact too.
+topk_topp_sampler.HAS_TRITON = False
+
+
+def _keep_async_scheduling() -> None:
+    """vLLM switches it off on CPUs; on GPUs it is the default, and V2 is made for it."""
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls, vllm_config):
+        wanted = vllm_config.scheduler_config.async_scheduling
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = bool(wanted)
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _take_integer_masks() -> None:
+    """vLLM's grammar kernel stores with an integer mask, which the interpreter refuses."""
+    for name in ("create_masked_load", "create_masked_store"):
+        original = getattr(InterpreterBuilder, name)
+        at = list(inspect.signature(original).parameters).index("mask") - 1
+
+        def masked(self, *args, _original=original, _at=at):
+            args[_at].data = args[_at].data.astype(bool)
+            return _original(self, *args)
+
+        setattr(InterpreterBuilder, name, masked)
+
+
+_keep_async_scheduling()
+_take_integer_masks()
+register()
+
+
+@pytest.fixture(scope="session")
+def target(tmp_path_factory):
+    return write_target(tmp_path_factory.mktemp("models") / "target")
+
+
+@pytest.fixture(scope="session")
+def drafter(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "drafter"
+    save_drafter(tiny_drafter(), directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def make_pair(target, drafter):
+    def make(**settings):
+        spec = SPEC | {k: v for k, v in settings.items() if k.startswith("spec_")}
+        common = {k: v for k, v in settings.items() if not k.startswith("spec_")}
+        return Pair(engine(target, **common), engine(target, drafter, **common, **spec))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pair(make_pair):
+    return make_pair()
+
+
+@pytest.fixture(scope="session")
+def taught_drafter(pair, target, tmp_path_factory):
+    """A drafter that has seen the answers to ``prompts(8)``."""
+    from engine_v1.engines import tokens
+    from engine_v1.tiny_target import prompts
+    from vllm import SamplingParams
+
+    batch = prompts(8)
+    pair.plain.reset()
+    said = tokens(pair.plain.generate(batch, SamplingParams(temperature=0, max_tokens=40)))
+    texts = [prompt + answer for prompt, answer in zip(batch, said, strict=True)]
+    return write_taught_drafter(tmp_path_factory.mktemp("models") / "taught", target, texts)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""With one thing broken the comparison of the other tests fails; and no step reads the device."""
+
+import pytest
+import torch
+from engine_v1.tiny_target import prompts
+from vllm import SamplingParams
+
+from engine_v2.own_process.host_reads import HostReads
+from vllm_redrafter.tree.tree import pack_bits
+
+GREEDY = SamplingParams(temperature=0, max_tokens=30)
+
+
+@pytest.fixture
+def broken(pair, monkeypatch):
+    def run(**attributes):
+        with monkeypatch.context() as patch:
+            for name, value in attributes.items():
+                patch.setattr(pair.trees.state, name, value)
+            return pair.run(prompts(6), GREEDY)
+
+    return run
+
+
+def test_nothing_broken(broken):
+    broken().assert_equal()
+
+
+def test_mask_off(pair, broken):
+    """Every row sees all rows before it, as in a chain."""
+    rows = pair.trees.most_nodes + 1
+    causal = pack_bits(torch.ones(rows, rows, dtype=torch.bool).tril())
+
+    def row_masks(batch):
+        masks = torch.zeros(batch.num_tokens_after_padding, causal.shape[1], dtype=torch.int64)
+        masks[batch.logits_indices] = causal[batch.expanded_local_pos.long()]
+        return masks
+
+    assert not broken(_row_masks=row_masks).equal
+
+
+def test_positions_off(broken):
+    """A node's position is its slot, not its depth."""
+    assert not broken(_depth_shift=lambda batch: 0).equal
+
+
+def test_kv_move_off(broken):
+    assert not broken(movers=[]).equal
+
+
+def test_seeds_by_slot(pair, monkeypatch):
+    """Draws by a node's slot are draws of the same law, but not plain vLLM's."""
+    sampler = pair.trees.state.tree_sampler
+    original = sampler.sampler.sample
+    slots = {}
+
+    def sample(logits, expanded, idx, idx_np, pos, *args, **kwargs):
+        return original(logits, expanded, idx, idx_np, slots["pos"], *args, **kwargs)
+
+    honest = type(sampler).__call__
+
+    def call(self, logits, batch, *args):
+        slots["pos"] = batch.positions[batch.logits_indices]
+        self.sampler.sample = sample
+        try:
+            return honest(self, logits, batch, *args)
+        finally:
+            del self.sampler.sample
+
+    monkeypatch.setattr(type(sampler), "__call__", call)
+    params = [SamplingParams(temperature=1.0, seed=i, max_tokens=15) for i in range(4)]
+    assert not pair.run(prompts(4), params).equal
+
+
+def test_no_step_reads_the_device(pair, target, taught_drafter):
+    """Not in our methods and not in what they call of ours, with the real drafter."""
+    from engine_v2.own_process.engines import engine
+
+    trees = engine(
+        target, taught_drafter, spec_beam_width=6, spec_draft_length=4,
+        spec_num_speculative_tokens=15,
+    )  # fmt: skip
+    trees.reset()
+    kinds = [{"temperature": 0}, {"seed": 1}, {"logprobs": 2}, {"presence_penalty": 1.0}]
+    params = [SamplingParams(max_tokens=12, **kinds[i % 4]) for i in range(8)]
+    with HostReads() as reads:
+        trees.generate(prompts(8), params)
+    assert trees.stats["steps"] > 5
+    assert reads.found == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "t.sum().item()", "int(t.sum())", "bool(t.any())", "t.tolist()", "t.numpy()", "t.nonzero()",
+        "t[t > 0]", "t.unique()", "torch.repeat_interleave(t, t)", "[0, 1, 2][t[0]]",
+        "float(t[0])", "'x' if t[0] else 'y'", "t.masked_select(t > 0)",
+    ],
+)  # fmt: skip
+def test_the_guard_sees_a_read(code):
+    from vllm_redrafter.engine import v2
+
+    source = f"def ours(t, torch):\n    return {code}\n"
+    scope = {}
+    exec(compile(source, str(v2.__path__[0]) + "/made_up.py", "exec"), scope)
+    with HostReads() as reads:
+        scope["ours"](torch.tensor([1, 2]), torch)
+    assert reads.found, code
+    with HostReads() as reads:
+        eval(f"(lambda t: {code})(torch.tensor([1, 2]))")
+    assert not reads.found, "a read outside the package is not ours"

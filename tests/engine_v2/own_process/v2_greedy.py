@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy output is plain vLLM's on Model Runner V2, token for token."""
+
+import pytest
+import torch
+from engine_v1.engines import answers
+from engine_v1.tiny_target import EOS, prompts
+from safetensors.torch import load_file
+from vllm import SamplingParams
+
+from engine_v2.own_process.engines import V2Oracle, engine
+
+_KEPT = []
+
+GREEDY = SamplingParams(temperature=0, max_tokens=40)
+
+
+def test_both_engines_run_model_runner_v2(pair):
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.worker.cpu.model_runner import CPUModelRunner
+
+    from vllm_redrafter.engine.v2.model_state import TreeModelState
+    from vllm_redrafter.engine.v2.speculator import ReDrafterSpeculator
+
+    for one in (pair.plain, pair.trees):
+        assert type(one.runner) is CPUModelRunner
+        assert isinstance(one.scheduler, AsyncScheduler)
+    assert type(pair.trees.speculator) is ReDrafterSpeculator
+    assert type(pair.trees.state) is TreeModelState
+    assert pair.plain.speculator is None
+    assert type(pair.plain.state) is not TreeModelState
+
+
+def test_12_prompts_at_batch_8(pair):
+    run = pair.run(prompts(12), GREEDY)
+    run.assert_equal()
+    run.assert_saw_trees(moves=50, accepted=1.5)
+    assert len(pair.trees.stats["accepted_by_depth"]) >= 8
+
+
+def test_batch_1(pair):
+    for number, prompt in enumerate(prompts(1, seed=11)):
+        run = pair.run([prompt], GREEDY, seed=number)
+        run.assert_equal()
+        run.assert_saw_trees(moves=3)
+
+
+def test_chunked_prefill(make_pair):
+    """Trees beside prompts that take several steps, and roots behind such a prompt."""
+    pair = make_pair(max_num_batched_tokens=72)
+    run = pair.run(prompts(6, shortest=40, longest=120, seed=3), GREEDY)
+    run.assert_equal()
+    run.assert_saw_trees(moves=20)
+
+
+def test_prefix_cache(pair):
+    """Blocks whose rows were moved are read again by requests that begin the same way."""
+    first = pair.run(prompts(4, shortest=20, seed=4), GREEDY)
+    first.assert_equal()
+    said = [
+        list(output.prompt_token_ids) + list(output.outputs[0].token_ids)
+        for output in first.expected
+    ]
+    again = pair.run([text + [7, 8, 9] for text in said], GREEDY, prefixes=False)
+    again.assert_equal()
+    again.assert_saw_trees(moves=5)
+    assert all(output.num_cached_tokens >= 32 for output in again.got)
+
+
+@pytest.mark.slow
+def test_preempted(make_pair):
+    pair = make_pair(num_gpu_blocks_override=16)
+    params = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+    run = pair.run(prompts(8, shortest=20, longest=30), params)
+    run.assert_equal()
+    run.assert_saw_trees(moves=20)
+    assert pair.trees.preemptions > 1
+
+
+def test_to_the_end_of_the_context(make_pair):
+    """Near max_model_len the scheduler cuts trees to their first nodes."""
+    pair = make_pair(max_model_len=64)
+    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    run = pair.run(prompts(3, shortest=20), params)
+    run.assert_equal()
+    run.assert_saw_trees(moves=5)
+
+
+@pytest.mark.slow
+def test_without_async_scheduling(make_pair):
+    pair = make_pair(async_scheduling=False)
+    run = pair.run(prompts(8), GREEDY)
+    run.assert_equal()
+    run.assert_saw_trees()
+
+
+@pytest.mark.slow
+def test_nodes_by_batch_size(target, drafter, pair):
+    """vLLM schedules fewer nodes for larger batches: first nodes of the same trees."""
+    trees = engine(
+        target, drafter, spec_num_speculative_tokens=15, spec_beam_width=4, spec_draft_length=4,
+        spec_num_speculative_tokens_per_batch_size=[[1, 2, 15], [3, 8, 4]],
+    )  # fmt: skip
+    pair.plain.reset()
+    expected = pair.plain.generate(prompts(6), GREEDY)
+    trees.reset(V2Oracle(expected, 15, range(EOS)))
+    assert answers(trees.generate(prompts(6), GREEDY)) == answers(expected)
+    assert trees.stats["acceptance_length"] > 1.3
+
+
+def test_the_recurrent_drafter(pair, target, taught_drafter):
+    """No oracle: the drafter, the beams and the tree rule are the real ones."""
+    trees = engine(
+        target, taught_drafter, spec_beam_width=6, spec_draft_length=4,
+        spec_num_speculative_tokens=15,
+    )  # fmt: skip
+    pair.plain.reset()
+    trees.reset()
+    batch = prompts(8) + prompts(4, seed=8)
+    expected = pair.plain.generate(batch, GREEDY)
+    assert answers(trees.generate(batch, GREEDY)) == answers(expected)
+    stats = trees.stats
+    assert stats["acceptance_length"] > 1.5, stats
+    assert stats["moves"] > 5, stats
+    assert not stats["fallbacks"], stats
+
+
+def test_the_drafter_gets_the_state_that_predicted_the_known_token(pair, target):
+    head = load_file(target / "model.safetensors")["lm_head.weight"]
+    pair.plain.reset()
+    oracle = V2Oracle(pair.plain.generate(prompts(4), GREEDY), 15, range(EOS))
+    oracle.contexts = []
+    pair.trees.reset(oracle)
+    pair.trees.generate(prompts(4), GREEDY)
+    known = torch.tensor([token for token, _ in oracle.contexts])
+    states = torch.stack([state for _, state in oracle.contexts])
+    assert len(known) > 20
+    assert torch.equal((states @ head.T).argmax(-1), known)
+
+
+def test_a_profile_run_leaves_requests_alone(pair):
+    """It drafts for requests that are not there."""
+    pair.trees.runner.profile_run()
+    run = pair.run(prompts(2), GREEDY)
+    run.assert_equal()
+    run.assert_saw_trees(moves=3)
+
+
+@pytest.mark.slow
+def test_in_processes_of_their_own(pair, target, taught_drafter, monkeypatch):
+    """vLLM's default: scheduler, runner and trees are in another process."""
+    from vllm import LLM
+
+    pair.plain.reset()
+    expected = pair.plain.generate(prompts(4), GREEDY)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    # Kept to the end: its destruction tears down process groups that all engines here share.
+    _KEPT.append(llm := LLM(
+        model=str(target), dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4,
+        max_num_batched_tokens=256, block_size=32, num_gpu_blocks_override=64,
+        speculative_config={
+            "method": "redrafter", "model": str(taught_drafter), "beam_width": 4,
+            "draft_length": 4, "num_speculative_tokens": 10,
+        },
+    ))  # fmt: skip
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts(4)]
+    got = llm.generate(requests, GREEDY, use_tqdm=False)
+    stats = llm.collective_rpc("redrafter_stats")[0]
+    assert answers(got) == answers(expected)
+    assert stats["acceptance_length"] > 1.3

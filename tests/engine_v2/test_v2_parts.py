@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of the V2 engine that need no engine: the draft on the device, the store, fallbacks."""
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engine_v1.tiny_target import HIDDEN, VOCAB, tiny_drafter
+
+from vllm_redrafter.drafter.beam_search import beam_search
+from vllm_redrafter.engine.v2.draft import DeviceDraft
+from vllm_redrafter.engine.v2.fallback import shape_of_request
+from vllm_redrafter.engine.v2.stats import DeviceStats
+from vllm_redrafter.engine.v2.tree_store import Shape, TreeStore
+from vllm_redrafter.ops.build_tree import build_tree
+from vllm_redrafter.tree.tree import Tree, pack_bits
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def drafter():
+    made = tiny_drafter()
+    made.embedding = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(3))
+    return made
+
+
+@pytest.mark.parametrize("width, length, top_k", [(4, 3, 0), (1, 4, 0), (6, 2, 5)])
+def test_the_draft_is_the_beam_search(drafter, width, length, top_k):
+    context = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(5))
+    token = torch.tensor([1, 7, 30])
+    got = DeviceDraft(drafter, width, length, top_k)(context, token)
+    wanted = beam_search(drafter, context, token, width, length, top_k)
+    assert torch.equal(got.tokens, wanted.tokens)
+    assert torch.equal(got.parents, wanted.parents)
+    torch.testing.assert_close(got.scores, wanted.scores)
+
+
+@pytest.mark.parametrize("rule", ["best", "beams"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_trees_of_fixed_size(drafter, monkeypatch, rule, compiled):
+    """The same trees, padded with rows that see themselves alone."""
+    beams = DeviceDraft(drafter, 4, 3, 0)(torch.randn(2, HIDDEN), torch.tensor([1, 7]))
+    if not compiled:
+        module = importlib.import_module("vllm_redrafter.ops.build_tree")
+        monkeypatch.setattr(module, "has_kernel", lambda device: False)
+    loose, loose_masks = build_tree(beams, rule, 12)
+    tree, masks = build_tree(beams, rule, 12, fixed_size=True)
+    used = loose.max_nodes
+    assert tree.max_nodes == 13 and masks.shape == (2, 13, 1)
+    assert torch.equal(tree.tokens[:, :used], loose.tokens)
+    assert torch.equal(tree.parents[:, :used], loose.parents)
+    assert torch.equal(tree.depths[:, :used], loose.depths)
+    assert torch.equal(masks[:, :used], loose_masks)
+    assert torch.equal(masks[:, used:, 0], (1 << torch.arange(used, 13)).expand(2, -1))
+    assert (tree.parents[:, used:] == -1).all() and (tree.depths[:, used:] == 0).all()
+
+
+def branching():
+    """Nodes 1 - 2 are the best chain, 3 hangs on the root, 4 on node 1; row 5 is padding."""
+    tree = Tree.from_lists([[9, 1, 2, 3, 4]] * 2, [[-1, 0, 1, 0, 1]] * 2)
+    pad = torch.nn.functional.pad
+    padded = Tree(
+        pad(tree.tokens, (0, 1)), pad(tree.parents, (0, 1), value=-1), pad(tree.depths, (0, 1)),
+        tree.num_nodes,
+    )  # fmt: skip
+    return padded, torch.cat([tree.packed_mask(), torch.full((2, 1, 1), 1 << 5)], 1)
+
+
+def test_a_store_keeps_trees_chains_and_nothing():
+    store = TreeStore(4, 5, CPU)
+    store.reset(0, Shape.TREE)
+    store.reset(3, Shape.CHAIN)
+    tree, masks = branching()
+    tokens = store.put(torch.tensor([0, 3]), tree, masks, torch.tensor([True, True]))
+    assert tokens.tolist() == [[1, 2, 3, 4, 0], [1, 2, 0, 0, 0]]
+    assert store.num_nodes.tolist() == [5, 1, 1, 3]
+    assert store.parents[0].tolist() == [-1, 0, 1, 0, 1, -1]
+    assert store.parents[3].tolist() == [-1, 0, 1, -1, -1, -1]
+    assert store.depths[3].tolist() == [0, 1, 2, 0, 0, 0]
+    alone = pack_bits(torch.eye(6, dtype=torch.bool))
+    assert torch.equal(store.masks[3, 3:], alone[3:])
+    assert torch.equal(store.masks[0], masks[0])
+
+    store.reset(0, Shape.NOTHING)
+    assert store.num_nodes[0] == 1 and torch.equal(store.masks[0], alone)
+    tokens = store.put(torch.tensor([0, 3]), tree, masks, torch.tensor([True, False]))
+    assert tokens.tolist() == [[0] * 5] * 2
+    assert store.num_nodes.tolist() == [1, 1, 1, 1]
+
+
+def test_counters():
+    stats = DeviceStats(4, CPU)
+    drafted, accepted = torch.tensor([True, True, False]), torch.tensor([2, 0, 0])
+    stats.observe(drafted, torch.tensor([5, 3, 1]), accepted)
+    stats.observe_moves(torch.tensor([[True, False], [True, True]]))
+    summary = stats.summary()
+    assert summary["drafts"] == 2 and summary["steps"] == 1 and summary["moves"] == 3
+    assert summary["nodes_per_draft"] == 3 and summary["acceptance_length"] == 2
+    assert summary["accepted_by_depth"] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "request_fields, params, shape, reason",
+    [
+        ({}, {}, Shape.TREE, ""),
+        ({"lora_request": object()}, {}, Shape.NOTHING, "LoRA"),
+        ({"prompt_embeds": object()}, {}, Shape.NOTHING, "prompt embeddings"),
+        ({}, {"repetition_penalty": 1.1}, Shape.CHAIN, "penalties"),
+        ({}, {"presence_penalty": 0.1}, Shape.CHAIN, "penalties"),
+        ({}, {"frequency_penalty": 0.1}, Shape.CHAIN, "penalties"),
+        ({}, {"bad_words": ["x"]}, Shape.CHAIN, "bad words"),
+        ({}, {"structured_outputs": "json"}, Shape.CHAIN, "structured output"),
+        ({}, {"thinking_token_budget": 5}, Shape.NOTHING, "a thinking"),
+        ({}, {"processors": ["mine"]}, Shape.CHAIN, "logits processors"),
+    ],
+)
+def test_what_a_request_may_have(request_fields, params, shape, reason):
+    plain = {
+        "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+        "bad_words": None, "structured_outputs": None, "thinking_token_budget": None,
+    }  # fmt: skip
+    model = SimpleNamespace(logits_processors=params.get("processors"))
+    fields = {"lora_request": None, "prompt_embeds": None, **request_fields}
+    request = SimpleNamespace(sampling_params=SimpleNamespace(**(plain | params)), **fields)
+    got, why = shape_of_request(request, model)
+    assert got is shape and why.startswith(reason) and bool(why) == bool(reason)

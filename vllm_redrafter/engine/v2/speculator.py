@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Model Runner V2 calls to draft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+
+from vllm_redrafter.drafter.checkpoint import load_drafter
+from vllm_redrafter.engine.checks import UnsupportedError
+from vllm_redrafter.engine.engine_args import options_of
+from vllm_redrafter.engine.target_tables import target_tables
+from vllm_redrafter.engine.v2.draft import DeviceDraft
+from vllm_redrafter.engine.v2.model_state import TreeModelState
+from vllm_redrafter.ops.build_tree import build_tree
+from vllm_redrafter.tree.tree import Tree
+
+
+def init_speculator(vllm_config: Any, device: torch.device, req_states: Any) -> ReDrafterSpeculator:
+    """Stands in for vLLM's function of this name while our worker builds its runner."""
+    return ReDrafterSpeculator(vllm_config, device)
+
+
+class ReDrafterSpeculator(DraftModelSpeculator):
+    """A recurrent drafter; it has no attention, so all that concerns a draft's KV is left out."""
+
+    model_state: TreeModelState
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.options = options_of(vllm_config)
+        self.draft_attn_layer_names: set[str] = set()
+        self.attn_groups: list[Any] = []
+        self._draft: DeviceDraft | None = None
+
+    # -- start-up --------------------------------------------------------------------------
+
+    def load_draft_model(
+        self, target_model: torch.nn.Module, target_attn_layer_names: set[str]
+    ) -> torch.nn.Module:
+        embedding, lm_head = target_tables(target_model)
+        drafter = load_drafter(self.options.model, embedding=embedding, lm_head=lm_head)
+        return drafter.to(self.device)
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        """Load the drafter; hand the runner our ModelState, which it builds right after this."""
+        if hasattr(target_model, "get_model_state_cls"):
+            raise UnsupportedError(
+                f"ReDrafter does not support {type(target_model).__name__}, which needs a model "
+                "state of its own; use a decoder-only target with full attention in every layer."
+            )
+        self.model = self.load_draft_model(target_model, set())
+        options = self.options
+        self._draft = DeviceDraft(
+            self.model, options.beam_width, options.draft_length, options.top_k
+        )
+        target_model.get_model_state_cls = lambda: TreeModelState
+
+    def set_attn(
+        self,
+        model_state: TreeModelState,
+        kv_cache_config: Any,
+        block_tables: Any,
+        target_input_buffers: Any,
+        target_attn_groups: Any,
+    ) -> None:
+        self.model_state = model_state
+
+    def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
+        """Drafts run eagerly for now."""
+
+    def capture(self) -> None:
+        """Nothing is captured for now."""
+
+    # -- every step ------------------------------------------------------------------------
+
+    def propose(
+        self,
+        input_batch: Any,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, Tensor],
+        last_hidden_states: Tensor,
+        aux_hidden_states: list[Tensor] | None,
+        num_sampled: Tensor,
+        num_rejected: Tensor,
+        last_sampled: Tensor,
+        next_prefill_tokens: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        dp_sync_state: Any = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: Any = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> Tensor:
+        """``[B, N]`` int64, the tokens of every request's next tree."""
+        slots = input_batch.idx_mapping
+        first = input_batch.cu_num_logits[:-1].long()
+        step = None if dummy_run else self.model_state.step
+        if step is not None and step.walk is not None:
+            first = first + step.walk.last_node
+        # The state that predicted the known token: that of the last accepted node.
+        context = last_hidden_states[input_batch.logits_indices[first]]
+        known = last_sampled.flatten()[slots]
+        tree, masks = self._draft_trees(context, known, input_batch)
+        if dummy_run:
+            return tree.tokens[:, 1:]
+        return self.model_state.trees.put(slots, tree, masks, num_sampled > 0)
+
+    def _draft_trees(self, context: Tensor, known: Tensor, input_batch: Any) -> tuple[Tree, Tensor]:
+        """Trees of N + 1 columns and their masks; tests put an oracle here.
+
+        Args:
+            context: ``[B, H]``.
+            known: ``[B]`` int64; means nothing for requests that have no known token yet.
+        """
+        assert self._draft is not None
+        nodes = self.options.num_speculative_tokens
+        return build_tree(self._draft(context, known), self.options.tree, nodes, fixed_size=True)
