@@ -66,9 +66,10 @@ def test_the_report(script, rehearsal):
 
 def test_stages_resume_and_absent_ones_are_not_run(script, tmp_path, capsys):
     script.main(["--out", str(tmp_path), "--rehearse", "--stages", "walk"])
-    assert "## draft\n\nTarget: at most 1.3 x floor.\n\nnot run\n" in (
-        tmp_path / "ops_gpu.md"
-    ).read_text()
+    assert (
+        "## draft\n\nTarget: at most 1.3 x floor.\n\nnot run\n"
+        in (tmp_path / "ops_gpu.md").read_text()
+    )
     before = (tmp_path / "walk.json").read_text()
     capsys.readouterr()
     script.main(["--out", str(tmp_path), "--rehearse", "--stages", "walk", "build_tree"])

@@ -68,12 +68,49 @@ def test_cuda_says_that_it_has_not_run_on_a_gpu(cuda, triton, caplog):
     assert len({r.message for r in caplog.records if "not been run on a GPU" in r.message}) == 1
 
 
-def test_cuda_gets_the_gpu_worker(cuda, triton, monkeypatch):
+@pytest.fixture
+def rewritten(cuda, triton):
+    """EngineArgs, as far as they matter, after the rewriting for a GPU."""
+    from vllm.config import CompilationConfig
+
     from vllm_redrafter.options import ReDrafterOptions
 
-    made = SimpleNamespace(additional_config=None)
-    engine_args.rewrite(made, ReDrafterOptions(model="m", num_speculative_tokens=3), v2=True)
-    assert made.worker_cls == engine_args.V2_CUDA_WORKER_PATH
+    def rewrite(**compilation):
+        made = SimpleNamespace(
+            additional_config=None, compilation_config=CompilationConfig(**compilation)
+        )
+        engine_args.rewrite(made, ReDrafterOptions(model="m", num_speculative_tokens=3), v2=True)
+        return made
+
+    return rewrite
+
+
+def test_cuda_gets_the_gpu_worker(rewritten):
+    assert rewritten().worker_cls == engine_args.V2_CUDA_WORKER_PATH
+
+
+def test_cuda_gets_no_full_graph(rewritten):
+    """A full graph would replay attention without the trees: silently wrong."""
+    from vllm_redrafter.options import ReDrafterOptions
+
+    options = ReDrafterOptions(model="m", num_speculative_tokens=3)
+
+    def check(made):
+        checks._check_v2(
+            SimpleNamespace(
+                parallel_config=SimpleNamespace(use_ubatching=False),
+                device_config=SimpleNamespace(device_type="cuda"),
+                compilation_config=made.compilation_config,
+            ),
+            options,
+        )
+
+    assert rewritten().compilation_config.cudagraph_mode.name == "PIECEWISE"
+    check(rewritten())
+    check(rewritten(cudagraph_mode="NONE"))
+    for mode in ("FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"):
+        with pytest.raises(UnsupportedError, match=f"cudagraph_mode {mode} yet"):
+            check(rewritten(cudagraph_mode=mode))
 
 
 def test_cuda_needs_v2(cuda):

@@ -49,14 +49,15 @@ def test_without_the_library_the_twin_answers(monkeypatch):
     monkeypatch.setattr(module, "has_kernel", lambda device: False)
     monkeypatch.setattr(torch.ops.redrafter.beam_step, "default", None)  # a call would be an error
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(run(beam_step, CPU, inputs, None, 0), wanted, strict=True)
+        torch.equal(a, b) for a, b in zip(run(beam_step, CPU, inputs, None, 0), wanted, strict=True)
     )
 
 
 def test_bad_arguments():
     logits, scores, state = beam_case(2, 3, False, 20, torch.float32, "none", 0)
-    with pytest.raises(RuntimeError, match="logits has 2 rows a request; it must have one, or the 3"):
+    with pytest.raises(
+        RuntimeError, match="logits has 2 rows a request; it must have one, or the 3"
+    ):
         run(beam_step, CPU, (logits[:, :2], scores, state), None, 0)
     with pytest.raises(RuntimeError, match="draft_vocab has 4 elements; it must have 20"):
         run(beam_step, CPU, (logits, scores, state), torch.arange(4), 0)

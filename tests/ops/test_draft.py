@@ -23,7 +23,6 @@ from draft_cases import (
     random_case,
     smallest_gaps,
 )
-from torch import Tensor
 from torch.nn import functional as F
 
 from vllm_redrafter.drafter.beam_search import Beams, beam_search

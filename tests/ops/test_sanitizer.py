@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels' tests once more, emulated under the address and undefined behaviour sanitizers."""
+"""The CUDA kernels' tests once more, emulated, under the address and UB sanitizers."""
 
 from __future__ import annotations
 

@@ -248,6 +248,7 @@ def test_the_command_with_a_yaml_file(tmp_path, target, data, capsys):
 
 def test_curves(tmp_path):
     import matplotlib  # noqa: F401 - the extra `train`, which scripts/test.sh installs
+
     record = log.Log(tmp_path, 0)
     record.write({"step": 1, "loss": 3.0, "top1": [0.1, 0.2]})
     record.write({"step": 2, "loss": 2.0, "top1": [0.2, 0.3], "eval_loss": 2.5,

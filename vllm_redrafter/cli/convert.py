@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=("redrafter", "apple"), default="redrafter",
                         help="format to write (default: redrafter)")  # fmt: skip
     parser.add_argument("--draft-vocab", type=Path, metavar="FILE",
-                        help="keep only these rows of a full output head: one id a line")  # fmt: skip
+                        help="keep only these rows of a full head: one id a line")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:

@@ -164,6 +164,12 @@ def _check_v2(config: Any, options: ReDrafterOptions) -> None:
             "ReDrafter does not support dual-batch overlap; leave enable_dbo off."
         )
     if config.device_config.device_type != "cpu":
+        mode = config.compilation_config.cudagraph_mode
+        if mode.has_full_cudagraphs():
+            raise UnsupportedError(
+                f"ReDrafter does not support cudagraph_mode {mode.name} yet, because a full graph "
+                "would attend without the trees; set it to PIECEWISE or leave it out."
+            )
         widest = max(options.beam_width, options.top_k)
         if widest > MOST_BEAMS_ON_CUDA:
             raise OptionError(

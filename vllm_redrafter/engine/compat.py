@@ -180,6 +180,10 @@ _V2 = (
     Hook("vllm.triton_utils:HAS_TRITON", "whether vLLM would choose Model Runner V2"),
     Hook("vllm.config:VllmConfig.use_v2_model_runner", "which one it did choose"),
     Hook(
+        "vllm.config:CUDAGraphMode.PIECEWISE",
+        "the only graphs that trees allow on CUDA so far; full ones are refused",
+    ),
+    Hook(
         "vllm.model_executor.models.registry:ModelRegistry.register_model",
         "makes the carrier's architecture known",
         parameters=("model_arch", "model_cls"),

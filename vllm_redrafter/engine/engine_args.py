@@ -174,9 +174,16 @@ def _rewrite_for_v2(engine_args: Any, options: Any) -> None:
             (first, last, min(nodes, options.num_speculative_tokens))
             for first, last, nodes in options.num_speculative_tokens_per_batch_size
         ]
-    engine_args.worker_cls = (
-        V2_CPU_WORKER_PATH if current_platform.is_cpu() else V2_CUDA_WORKER_PATH
-    )
+    if current_platform.is_cpu():
+        engine_args.worker_cls = V2_CPU_WORKER_PATH
+        return
+    engine_args.worker_cls = V2_CUDA_WORKER_PATH
+    from vllm.config import CUDAGraphMode
+
+    # A full graph would replay attention as it was captured: without the trees. Between piecewise
+    # ones attention runs eagerly. What the user chose is left for the check to refuse.
+    if engine_args.compilation_config.cudagraph_mode is None:
+        engine_args.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
 def options_of(vllm_config: Any) -> Any:

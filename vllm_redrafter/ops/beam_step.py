@@ -48,9 +48,7 @@ def beam_step(
         RuntimeError: arguments that do not fit each other (compiled operator).
     """
     operator = (
-        torch.ops.redrafter.beam_step.default
-        if has_kernel(logits.device)
-        else reference.beam_step
+        torch.ops.redrafter.beam_step.default if has_kernel(logits.device) else reference.beam_step
     )
     operator(
         tokens, parents, scores, out_state, logits, beam_scores, state, draft_vocab, top_k
