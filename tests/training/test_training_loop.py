@@ -261,7 +261,7 @@ def test_the_plugin_and_the_help_load_nothing_of_this():
         "import sys, vllm_redrafter.plugin\n"
         "assert not any(name.startswith('vllm_redrafter.training') for name in sys.modules)\n"
         "from vllm_redrafter import cli\n"
-        "for command in ('data', 'train'):\n"
+        "for command in ('data', 'train', 'eval'):\n"
         "    try: cli.main([command, '--help'])\n"
         "    except SystemExit: pass\n"
         "sys.exit(bool({'torch', 'vllm', 'transformers', 'rich', 'yaml'} & sys.modules.keys()))"

@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "plain vLLM and ReDrafter side by side on a small real model",
     "data": "let the target answer prompts: the data that a drafter is trained on",
     "train": "train a drafter on the target's own answers",
+    "eval": "replay recorded answers with a drafter: acceptance and predicted speed by setting",
     "convert": "rewrite pickled or differently named drafter weights as safetensors",
     "doctor": "check this installation and say what to do",
 }

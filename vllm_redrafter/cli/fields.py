@@ -22,7 +22,7 @@ def add_fields(parser: argparse.ArgumentParser, options: type) -> None:
         if field.default is not None and not field.metadata.get("required"):
             shown = field.default
             if isinstance(shown, tuple):
-                shown = " ".join(f"{value:g}" for value in shown)
+                shown = " ".join(v if isinstance(v, str) else f"{v:g}" for v in shown)
             if isinstance(shown, bool):
                 shown = "yes" if shown else "no"
             text += f" (default: {shown})"

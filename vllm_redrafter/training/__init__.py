@@ -4,5 +4,5 @@
 Nothing here is imported when vLLM loads the plugin. The way through it: `prompts` -> `generate`
 (the only part that runs vLLM, in processes of its own) -> `data` (shards and manifest) ->
 `dataset` (what can be trained on) -> `batches` (positions and their targets) -> `model` and
-`losses` -> `train`.
+`losses` -> `train`. Beside it `evaluate`: what a finished drafter is worth on recorded answers.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every option of the commands `data` and `train`: name, type, default and help in one place."""
+"""Options of the commands `data`, `train` and `eval`: name, type, default and help together."""
 
 from __future__ import annotations
 
@@ -151,6 +151,40 @@ class TrainOptions:
             raise TrainingError(
                 f"--held-out {self.held_out} and --warmup {self.warmup} must be below 1."
             )
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """`vllm-redrafter eval`."""
+
+    target: str | None = option(None, "directory of the target model", required=True)
+    drafter: str | None = option(None, "directory of the drafter", required=True)
+    answers: str | None = option(
+        None, "greedy answers of the target, one JSON object a line: "
+        '{"prompt_token_ids": [...], "token_ids": [...], "category": "optional"}',
+        required=True)  # fmt: skip
+    out: str | None = option(None, "directory for report.md, report.json and acceptance.png",
+                             required=True)  # fmt: skip
+    settings: tuple[str, ...] = option(
+        ("1,3,3", "4,3,7", "4,3,11", "8,3,15"),
+        "beam width, draft length and most drafted nodes, as W,L,N; several are separated by "
+        "spaces")  # fmt: skip
+    tree: str = option("best", "rule that turns a draft into a tree", choices=("best", "beams"))
+    costs: str | None = option(
+        None, "JSON file with measured milliseconds of one machine, for predictions: "
+        '{"plain_ms": x, "draft_ms": x or {"W,L": x, ...}, "rows_ms": {"1": x, "4": x, ...}}; '
+        "without it no setting is recommended")  # fmt: skip
+    target_dtype: str = option(
+        "auto", "type in which target and drafter compute; best the one they are served in",
+        choices=("auto", "bfloat16", "float16", "float32"))  # fmt: skip
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
+    group_tokens: int = option(8192, "tokens of text whose hidden states are in memory at once",
+                               minimum=1)  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.settings:
+            raise TrainingError("--settings is empty; give at least one, such as 4,3,7.")
 
 
 def check(options: Any) -> None:
