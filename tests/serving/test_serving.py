@@ -161,7 +161,11 @@ def test_sigterm_ends_every_process(servers):
     assert ours.children, "the engine runs in processes of its own"
     assert codes[1] == codes[0]
     assert not ours.orphans()
-    assert "Traceback" not in ours.log.read_text()
+    log = ours.log.read_text()
+    # On a busy machine vLLM's front end may see the engine end before it has stopped listening to
+    # it, and reports that once. A failure of the engine leaves a traceback of its own as well.
+    assert log.count("Traceback") == log.count("EngineDeadError: EngineCore encountered an issue")
+    assert not re.search('File ".*vllm_redrafter/', log)
 
 
 @pytest.mark.slow
