@@ -48,3 +48,15 @@ def test_what_apples_format_cannot_store(shared, tmp_path, capsys):
     text = capsys.readouterr().err.strip()
     assert ("shares its output head" if shared else "a draft vocabulary of 10 ids") in text
     assert text.startswith("error: ") and "\n" not in text and not dst.exists()
+
+
+def test_what_is_lost_is_said(tmp_path, capsys):
+    ours = tmp_path / "ours"
+    assert main(["convert", str(CASES[0]), str(ours)]) == 0
+    assert main(["convert", str(ours), str(tmp_path / "same"), "--to", "apple"]) == 0
+    assert "note:" not in capsys.readouterr().out  # top_k 50, as Apple's readers have it
+    config = json.loads((ours / "config.json").read_text())
+    (ours / "config.json").write_text(json.dumps(config | {"top_k": 7, "beam_width": 3}))
+    assert main(["convert", str(ours), str(tmp_path / "apple"), "--to", "apple"]) == 0
+    out = capsys.readouterr().out
+    assert "no place for top_k 7, beam_width 3" in out or "beam_width 3, top_k 7" in out

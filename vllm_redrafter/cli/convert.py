@@ -84,7 +84,19 @@ def run(args: argparse.Namespace) -> int:
         f"exit_dim {config.exit_dim}, {config.num_draft_layers} residual blocks, "
         f"rnn {'on' if config.rnn else 'off'}, {str(drafter.dtype).removeprefix('torch.')}"
     )
+    if args.to == "apple" and (lost := not_in_apples_format(config)):
+        options = ", ".join(f"{name} {value}" for name, value in lost.items())
+        print(
+            f"note: Apple's format has no place for {options}; give them where the drafter is "
+            "served, or its top_k is 50."
+        )
     return 0
+
+
+def not_in_apples_format(config: DrafterConfig) -> dict[str, Any]:
+    """The serving defaults that a reader of Apple's format would not find out by itself."""
+    defaults = {"top_k": 0, **config.defaults}
+    return {name: value for name, value in defaults.items() if (name, value) != ("top_k", 50)}
 
 
 def convert(
