@@ -34,10 +34,10 @@ def _evaluate(options: EvalOptions) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
 
-    from vllm_redrafter.cli.train import _quiet_transformers
     from vllm_redrafter.training.evaluate import evaluate
+    from vllm_redrafter.training.target import quiet_transformers
 
-    _quiet_transformers()
+    quiet_transformers()
     console = Console(highlight=False, markup=False, soft_wrap=True)
     columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), Remaining())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

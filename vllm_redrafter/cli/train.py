@@ -37,9 +37,10 @@ def _train(options: TrainOptions) -> int:
     from rich.progress import TimeRemainingColumn as Remaining
 
     from vllm_redrafter.training.log import can_plot
+    from vllm_redrafter.training.target import quiet_transformers
     from vllm_redrafter.training.train import train
 
-    _quiet_transformers()
+    quiet_transformers()
     # Of several processes the first one speaks.
     console = Console(
         quiet=os.environ.get("RANK", "0") != "0", highlight=False, markup=False, soft_wrap=True
@@ -67,15 +68,6 @@ def _train(options: TrainOptions) -> int:
         f'\'{{"method": "redrafter", "model": "{result.out}"}}\''
     )
     return 0
-
-
-def _quiet_transformers() -> None:
-    """Its bar for loading weights would run through ours."""
-    try:
-        from transformers.utils import logging
-    except ImportError:
-        return  # said in better words by whoever needs it
-    logging.disable_progress_bar()
 
 
 def _figures(line: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ from vllm_redrafter.training.errors import TrainingError
 from vllm_redrafter.training.files import make_directory, write_atomic, write_json
 from vllm_redrafter.training.log import can_plot
 from vllm_redrafter.training.options import EvalOptions
-from vllm_redrafter.training.target import Target
+from vllm_redrafter.training.target import Target, choose_device
 
 # Above this share of repeated 8-grams an answer counts as looping: easy to draft, it flatters.
 LOOPING = 0.3
@@ -512,7 +512,7 @@ def evaluate(options: EvalOptions, progress: Progress = lambda done, total: None
             costs.rows_ms(1 + min(s.num_nodes, s.beam_width * s.draft_length))
     out = Path(options.out)
     make_directory(out)
-    target = Target(options.target, options.target_dtype, _device(options.device))
+    target = Target(options.target, options.target_dtype, choose_device(options.device))
     answers = read_answers(options.answers, target.vocab_size)
     drafter = _load(options.drafter, target)
     replayer = Replay(drafter, settings, options.tree)
@@ -554,18 +554,6 @@ def evaluate(options: EvalOptions, progress: Progress = lambda done, total: None
     write_json(out / "report.json", report)
     write_atomic(out / "report.md", markdown(report, picture.is_file()).encode())
     return report
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise TrainingError(f"--device is {name!r}; give cpu, cuda or cuda:1.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise TrainingError(f"--device is {name!r}, but torch finds no GPU; give cpu.")
-    return device
 
 
 def _load(directory: str, target: Target) -> Drafter:

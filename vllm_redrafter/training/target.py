@@ -14,6 +14,39 @@ from torch import Tensor
 from vllm_redrafter.training.errors import TrainingError, missing
 
 
+def quiet_transformers() -> None:
+    """Its bar for loading weights would run through ours."""
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        return  # said in better words by whoever needs it
+    logging.disable_progress_bar()
+
+
+def choose_device(name: str, local: int | None = None) -> torch.device:
+    """The device that ``--device`` means.
+
+    Args:
+        name: a torch device, or ``auto``: a GPU where there is one.
+        local: this process's number on its machine, under torchrun.
+
+    Raises:
+        TrainingError: there is no such device.
+    """
+    if name != "auto":
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise TrainingError(
+                f"--device {name} is not there ({str(error).splitlines()[0]}); give cpu or auto."
+            ) from error
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda", local or 0)
+    return torch.device("cpu")
+
+
 class Target:
     """A causal language model of transformers that only ever computes hidden states.
 

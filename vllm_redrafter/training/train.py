@@ -28,7 +28,12 @@ from vllm_redrafter.training.log import Log, can_plot, plot
 from vllm_redrafter.training.losses import linear_cross_entropy
 from vllm_redrafter.training.model import TrainableDrafter
 from vllm_redrafter.training.options import TrainOptions, decisive
-from vllm_redrafter.training.target import Target, check_stored_states, tokenizer_sha256
+from vllm_redrafter.training.target import (
+    Target,
+    check_stored_states,
+    choose_device,
+    tokenizer_sha256,
+)
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -81,7 +86,7 @@ class _Run:
         self.options, self.rank, self.world = options, rank, world
         self.out = Path(options.out)
         self.aside = self.out / "training"
-        self.device = _device(options.device, local)
+        self.device = choose_device(options.device, local)
         saved = self._read_checkpoint()
         self.dataset = load_dataset(options.data, options.max_length)
         self.target = Target(options.target, options.target_dtype, self.device)
@@ -403,21 +408,6 @@ def _schedule(step: int, steps: int, warmup: float) -> float:
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
-
-
-def _device(name: str, local: int | None) -> torch.device:
-    if name != "auto":
-        try:
-            device = torch.device(name)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise TrainingError(
-                f"--device {name} is not there ({str(error).splitlines()[0]}); give cpu or auto."
-            ) from error
-        return device
-    if torch.cuda.is_available():
-        return torch.device("cuda", local or 0)
-    return torch.device("cpu")
 
 
 class _processes:
