@@ -12,7 +12,7 @@ from tiny_models import greedy_rollouts, write_llama
 from training_cases import write_dataset
 
 from vllm_redrafter.training.batches import make_group, num_anchors, pack, split
-from vllm_redrafter.training.dataset import MANIFEST, Dataset, check_fits, load_dataset
+from vllm_redrafter.training.dataset import MANIFEST, Dataset, check_fits, join, load_dataset
 from vllm_redrafter.training.errors import TrainingError
 from vllm_redrafter.training.options import TrainOptions
 from vllm_redrafter.training.target import Target, check_stored_states
@@ -172,3 +172,32 @@ def test_manifest_counts(tmp_path):
     directory = write_dataset(tmp_path / "d", torch.randint(256, (5, 9)))
     totals = json.loads((directory / MANIFEST).read_text())["totals"]
     assert totals == {"sequences": 5, "tokens": 45, "answer_tokens": 35, "dropped": {}}
+
+
+def test_several_datasets_are_joined_in_order(tmp_path):
+    texts = torch.randint(256, (7, 9))
+    parts = [write_dataset(tmp_path / "a", texts[:4]), write_dataset(tmp_path / "b", texts[4:])]
+    both = join([load_dataset(part) for part in parts])
+    assert torch.equal(torch.stack(both.tokens).long(), texts)
+    assert len(both.answer) == 7 and both.hidden is None
+
+
+def test_joined_hidden_states_stay_with_their_sequence():
+    datasets = [
+        Dataset([torch.zeros(2)] * 2, [torch.ones(2).bool()] * 2, {}, lambda i, k=k: 10 * k + i)
+        for k in (0, 1)
+    ]
+    assert [join(datasets).hidden(i) for i in range(4)] == [0, 1, 10, 11]
+    plain = Dataset([torch.zeros(2)], [torch.ones(2).bool()], {})
+    with pytest.raises(TrainingError, match="of one kind"):
+        join([datasets[0], plain])
+
+
+def test_every_dataset_must_fit_the_target(tmp_path):
+    target = write_llama(tmp_path / "target")
+    good = write_dataset(tmp_path / "a", torch.randint(256, (4, 9)))
+    bad = write_dataset(tmp_path / "b", torch.randint(256, (4, 9)))
+    manifest = json.loads((bad / MANIFEST).read_text())
+    (bad / MANIFEST).write_text(json.dumps(manifest | {"vocab_size": 77}))
+    with pytest.raises(TrainingError, match="b' was made with a vocabulary of 77"):
+        train(TrainOptions(target=str(target), data=(str(good), str(bad)), out=str(tmp_path / "o")))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,33 @@ def load_dataset(directory: str | Path, max_length: int | None = None) -> Datase
     if not len(dataset):
         raise TrainingError(f"the dataset in '{directory}' holds no sequences; make it anew.")
     return dataset
+
+
+def join(datasets: Sequence[Dataset]) -> Dataset:
+    """One dataset of the sequences of several, in order; its manifest is the first one's.
+
+    Raises:
+        TrainingError: some have stored hidden states and some have not.
+    """
+    if len(datasets) == 1:
+        return datasets[0]
+    if len({dataset.hidden is None for dataset in datasets}) > 1:
+        raise TrainingError(
+            "some of --data hold hidden states and some do not; give datasets of one kind."
+        )
+    places = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
+
+    def hidden(number: int) -> Tensor:
+        dataset, i = places[number]
+        assert dataset.hidden is not None
+        return dataset.hidden(i)
+
+    return Dataset(
+        [tokens for dataset in datasets for tokens in dataset.tokens],
+        [answer for dataset in datasets for answer in dataset.answer],
+        datasets[0].manifest,
+        None if datasets[0].hidden is None else hidden,
+    )
 
 
 def check_fits(dataset: Dataset, vocab_size: int, tokenizer_sha256: str | None, where: str) -> None:

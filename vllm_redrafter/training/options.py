@@ -75,9 +75,10 @@ class TrainOptions:
     """`vllm-redrafter train`."""
 
     target: str | None = option(None, "directory of the target model", required=True)
-    data: str | None = option(
-        None, "directory written by `vllm-redrafter data`, or one of `hs_*.safetensors` files with "
-        "hidden states as the project speculators writes them", required=True)  # fmt: skip
+    data: tuple[str, ...] = option(
+        (), "directory written by `vllm-redrafter data`, or one of `hs_*.safetensors` files with "
+        "hidden states as the project speculators writes them; several of one kind are joined",
+        required=True)  # fmt: skip
     out: str | None = option(None, "directory of the drafter to write", required=True)
     resume: bool = option(False, "go on from the last checkpoint in --out, exactly as if the run "
                           "had not stopped", free=True)  # fmt: skip
@@ -146,6 +147,8 @@ class TrainOptions:
     plot: bool = option(True, "draw training/curves.png at the end (needs `matplotlib`)", free=True)
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", (self.data,))
         check(self)
         if self.held_out >= 1 or self.warmup >= 1:
             raise TrainingError(
@@ -192,7 +195,7 @@ def check(options: Any) -> None:
     for field in dataclasses.fields(options):
         value, rule = getattr(options, field.name), field.metadata
         flag = "--" + field.name.replace("_", "-")
-        if value is None:
+        if value is None or value == ():
             if rule.get("required"):
                 raise TrainingError(f"{flag} is missing: {rule['help']}.")
             continue

@@ -21,7 +21,7 @@ from vllm_redrafter.drafter.checkpoint import save_drafter
 from vllm_redrafter.drafter.config import DrafterConfig
 from vllm_redrafter.training import vocabulary
 from vllm_redrafter.training.batches import Group, Schedule, make_group, num_anchors, pack, split
-from vllm_redrafter.training.dataset import check_fits, load_dataset
+from vllm_redrafter.training.dataset import check_fits, join, load_dataset
 from vllm_redrafter.training.errors import TrainingError, missing
 from vllm_redrafter.training.files import make_directory, write_atomic, write_json
 from vllm_redrafter.training.log import Log, can_plot, plot
@@ -88,14 +88,12 @@ class _Run:
         self.aside = self.out / "training"
         self.device = choose_device(options.device, local)
         saved = self._read_checkpoint()
-        self.dataset = load_dataset(options.data, options.max_length)
+        datasets = [load_dataset(directory, options.max_length) for directory in options.data]
+        self.dataset = join(datasets)
         self.target = Target(options.target, options.target_dtype, self.device)
-        check_fits(
-            self.dataset,
-            self.target.vocab_size,
-            tokenizer_sha256(options.target) if self.dataset.manifest else None,
-            options.data,
-        )
+        tokenizer = tokenizer_sha256(options.target) if self.dataset.manifest else None
+        for dataset, directory in zip(datasets, options.data, strict=True):
+            check_fits(dataset, self.target.vocab_size, tokenizer, directory)
         self.cache: dict[int, Tensor] | None = {} if options.cache else None
         self.stored_need_norm = False
         if self.dataset.hidden is not None:
@@ -105,7 +103,7 @@ class _Run:
         self.members, self.held_out = split(self.dataset, options.held_out, options.seed)
         if not self.members:
             raise TrainingError(
-                f"no sequence in '{options.data}' has two answer tokens in its first "
+                f"no sequence in '{', '.join(options.data)}' has two answer tokens in its first "
                 f"{options.max_length}; make longer answers or raise --max-length."
             )
         self.vocabulary = vocabulary.choose(
