@@ -9,39 +9,83 @@ import torch
 from engine_v1.tiny_target import HIDDEN, VOCAB, tiny_drafter
 
 from vllm_redrafter.drafter.beam_search import beam_search
-from vllm_redrafter.engine.v2.draft import DeviceDraft
+from vllm_redrafter.engine.v2.draft import LayerwiseDraft, make_draft
 from vllm_redrafter.engine.v2.fallback import shape_of_request
 from vllm_redrafter.engine.v2.stats import DeviceStats
 from vllm_redrafter.engine.v2.tree_store import Shape, TreeStore
+from vllm_redrafter.ops import draft as draft_op
 from vllm_redrafter.ops.build_tree import build_tree
+from vllm_redrafter.ops.draft import CompiledDraft
 from vllm_redrafter.tree.tree import Tree, pack_bits
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def drafter():
+EMBEDDING = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(3))
+
+
+def bound_drafter():
     made = tiny_drafter()
-    made.embedding = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(3))
+    made.embedding = EMBEDDING
     return made
 
 
-@pytest.mark.parametrize("width, length, top_k", [(4, 3, 0), (1, 4, 0), (6, 2, 5)])
+@pytest.fixture(scope="module")
+def drafter():
+    return bound_drafter()
+
+
+SETTINGS = pytest.mark.parametrize("width, length, top_k", [(4, 3, 0), (1, 4, 0), (6, 2, 5)])
+CONTEXT = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(5))
+TOKEN = torch.tensor([1, 7, 30])
+
+
+@SETTINGS
 def test_the_draft_is_the_beam_search(drafter, width, length, top_k):
-    context = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(5))
-    token = torch.tensor([1, 7, 30])
-    got = DeviceDraft(drafter, width, length, top_k)(context, token)
-    wanted = beam_search(drafter, context, token, width, length, top_k)
+    got = LayerwiseDraft(drafter, width, length, top_k)(CONTEXT, TOKEN)
+    wanted = beam_search(drafter, CONTEXT, TOKEN, width, length, top_k)
     assert torch.equal(got.tokens, wanted.tokens)
     assert torch.equal(got.parents, wanted.parents)
     torch.testing.assert_close(got.scores, wanted.scores)
+
+
+@SETTINGS
+@pytest.mark.parametrize("rule", ["best", "beams"])
+def test_both_forms_draft_the_same_trees(drafter, width, length, top_k, rule):
+    """The operator, and the layers with a beam step a depth."""
+    compiled = make_draft(bound_drafter(), width, length, top_k)
+    assert isinstance(compiled, CompiledDraft) and compiled.compiled
+    layerwise = LayerwiseDraft(drafter, width, length, top_k)
+    mine, theirs = (
+        build_tree(draft(CONTEXT, TOKEN), rule, width * length, fixed_size=True)
+        for draft in (compiled, layerwise)
+    )
+    for name in ("tokens", "parents", "depths", "num_nodes"):
+        assert torch.equal(getattr(mine[0], name), getattr(theirs[0], name)), name
+    assert torch.equal(mine[1], theirs[1])
+
+
+def test_where_the_operator_cannot_be_used_the_layers_are(monkeypatch):
+    """By what the operator says: no library, no kernels for the device, another dtype."""
+    made = bound_drafter()
+    for name, value in {"compiled_available": lambda: False, "has_kernel": lambda _: False}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(draft_op, name, value)
+            draft = make_draft(made, 4, 3, 0)
+        assert isinstance(draft, LayerwiseDraft)
+    wide = bound_drafter().double()
+    wide.embedding = EMBEDDING.double()
+    assert isinstance(make_draft(wide, 4, 3, 0), LayerwiseDraft)
+    # The drafter that a fallback was made for kept its weights.
+    wanted = make_draft(bound_drafter(), 4, 3, 0)(CONTEXT, TOKEN)
+    assert torch.equal(draft(CONTEXT, TOKEN).tokens, wanted.tokens)
 
 
 @pytest.mark.parametrize("rule", ["best", "beams"])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_trees_of_fixed_size(drafter, monkeypatch, rule, compiled):
     """The same trees, padded with rows that see themselves alone."""
-    beams = DeviceDraft(drafter, 4, 3, 0)(torch.randn(2, HIDDEN), torch.tensor([1, 7]))
+    beams = LayerwiseDraft(drafter, 4, 3, 0)(torch.randn(2, HIDDEN), torch.tensor([1, 7]))
     if not compiled:
         module = importlib.import_module("vllm_redrafter.ops.build_tree")
         monkeypatch.setattr(module, "has_kernel", lambda device: False)

@@ -88,3 +88,12 @@ def taught_drafter(pair, target, tmp_path_factory):
     said = tokens(pair.plain.generate(batch, SamplingParams(temperature=0, max_tokens=40)))
     texts = [prompt + answer for prompt, answer in zip(batch, said, strict=True)]
     return write_taught_drafter(tmp_path_factory.mktemp("models") / "taught", target, texts)
+
+
+@pytest.fixture(scope="session")
+def taught(target, taught_drafter):
+    """ReDrafter as it is: no oracle drafts unless a test puts one there."""
+    return engine(
+        target, taught_drafter, spec_beam_width=6, spec_draft_length=4,
+        spec_num_speculative_tokens=15,
+    )  # fmt: skip

@@ -7,6 +7,8 @@ from engine_v1.tiny_target import prompts
 from vllm import SamplingParams
 
 from engine_v2.own_process.host_reads import HostReads
+from vllm_redrafter.drafter.checkpoint import load_drafter
+from vllm_redrafter.engine.v2.draft import LayerwiseDraft
 from vllm_redrafter.tree.tree import pack_bits
 
 GREEDY = SamplingParams(temperature=0, max_tokens=30)
@@ -73,20 +75,20 @@ def test_seeds_by_slot(pair, monkeypatch):
     assert not pair.run(prompts(4), params).equal
 
 
-def test_no_step_reads_the_device(pair, target, taught_drafter):
+@pytest.mark.parametrize("form", ["compiled", "layer by layer"])
+def test_no_step_reads_the_device(taught, monkeypatch, form):
     """Not in our methods and not in what they call of ours, with the real drafter."""
-    from engine_v2.own_process.engines import engine
-
-    trees = engine(
-        target, taught_drafter, spec_beam_width=6, spec_draft_length=4,
-        spec_num_speculative_tokens=15,
-    )  # fmt: skip
-    trees.reset()
+    if form != "compiled":
+        drafter = load_drafter(
+            taught.speculator.options.model, embedding=taught.speculator._draft.embedding
+        )
+        monkeypatch.setattr(taught.speculator, "_draft", LayerwiseDraft(drafter, 6, 4, 0))
+    taught.reset()
     kinds = [{"temperature": 0}, {"seed": 1}, {"logprobs": 2}, {"presence_penalty": 1.0}]
     params = [SamplingParams(max_tokens=12, **kinds[i % 4]) for i in range(8)]
     with HostReads() as reads:
-        trees.generate(prompts(8), params)
-    assert trees.stats["steps"] > 5
+        taught.generate(prompts(8), params)
+    assert taught.stats["steps"] > 5
     assert reads.found == []
 
 

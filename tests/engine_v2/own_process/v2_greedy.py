@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy output is plain vLLM's on Model Runner V2, token for token."""
 
+import types
+
 import pytest
 import torch
 from engine_v1.engines import answers
@@ -9,6 +11,9 @@ from safetensors.torch import load_file
 from vllm import SamplingParams
 
 from engine_v2.own_process.engines import V2Oracle, engine
+from vllm_redrafter.drafter.checkpoint import load_drafter
+from vllm_redrafter.engine.v2.draft import LayerwiseDraft
+from vllm_redrafter.ops.build_tree import build_tree
 
 _KEPT = []
 
@@ -108,21 +113,43 @@ def test_nodes_by_batch_size(target, drafter, pair):
     assert trees.stats["acceptance_length"] > 1.3
 
 
-def test_the_recurrent_drafter(pair, target, taught_drafter):
+def test_the_recurrent_drafter(pair, taught):
     """No oracle: the drafter, the beams and the tree rule are the real ones."""
-    trees = engine(
-        target, taught_drafter, spec_beam_width=6, spec_draft_length=4,
-        spec_num_speculative_tokens=15,
-    )  # fmt: skip
     pair.plain.reset()
-    trees.reset()
+    taught.reset()
     batch = prompts(8) + prompts(4, seed=8)
     expected = pair.plain.generate(batch, GREEDY)
-    assert answers(trees.generate(batch, GREEDY)) == answers(expected)
-    stats = trees.stats
+    assert answers(taught.generate(batch, GREEDY)) == answers(expected)
+    stats = taught.stats
     assert stats["acceptance_length"] > 1.5, stats
     assert stats["moves"] > 5, stats
     assert not stats["fallbacks"], stats
+
+
+def test_the_engine_drafts_with_the_compiled_operator(taught, monkeypatch):
+    """And every tree of a run is the one that the drafter's layers give."""
+    drafter = load_drafter(
+        taught.speculator.options.model, embedding=taught.speculator._draft.embedding
+    )
+    layerwise = LayerwiseDraft(drafter, 6, 4, 0)
+    assert taught.speculator._draft.compiled
+    seen = []
+
+    def both(speculator, context, known, batch):
+        tree, masks = taught.drafts_itself(context, known, batch)
+        other, other_masks = build_tree(layerwise(context, known), "best", 15, fixed_size=True)
+        for name in ("tokens", "parents", "depths", "num_nodes"):
+            assert torch.equal(getattr(tree, name), getattr(other, name)), name
+        assert torch.equal(masks, other_masks)
+        seen.append(len(known))
+        return tree, masks
+
+    taught.reset()
+    monkeypatch.setattr(
+        taught.speculator, "_draft_trees", types.MethodType(both, taught.speculator)
+    )
+    taught.generate(prompts(4), SamplingParams(temperature=0, max_tokens=12))
+    assert len(seen) >= 4 and max(seen) == 4
 
 
 def test_the_drafter_gets_the_state_that_predicted_the_known_token(pair, target):

@@ -3,22 +3,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from vllm_redrafter.drafter.beam_search import FILLER_SCORE, Beams, check_settings
 from vllm_redrafter.drafter.model import Drafter
 from vllm_redrafter.ops.beam_step import beam_step
+from vllm_redrafter.ops.draft import CompiledDraft
+
+# (context [B, H], known tokens [B] int64) -> the drafted beams.
+Draft = Callable[[Tensor, Tensor], Beams]
 
 
-class DeviceDraft:
-    """``drafter.beam_search.beam_search`` with the drafter's layers and one ``beam_step`` a depth.
+def make_draft(drafter: Drafter, beam_width: int, draft_length: int, top_k: int) -> Draft:
+    """The compiled draft, or ``LayerwiseDraft`` where ``CompiledDraft`` says that it cannot be.
+
+    That is without the compiled library, on a device that it has no kernels for, and for settings
+    or dtypes beyond them. In the last case ``CompiledDraft``'s own twin would do, but for its reads
+    of the device.
 
     Args:
-        drafter: with its embedding bound, on any device.
+        drafter: with its embedding bound. On a CPU the compiled form takes its weights.
         beam_width: W >= 1.
         draft_length: L >= 1.
         top_k: renormalise over the k largest logits first; 0 is off.
+
+    Raises:
+        ValueError: a setting is out of range, or the embedding does not fit the drafter.
+    """
+    compiled = CompiledDraft(
+        drafter,
+        beam_width=beam_width,
+        draft_length=draft_length,
+        top_k=top_k,
+        take_weights=True,
+    )
+    if compiled.compiled:
+        return compiled
+    return LayerwiseDraft(drafter, beam_width, draft_length, top_k)
+
+
+class LayerwiseDraft:
+    """``drafter.beam_search.beam_search`` with the drafter's layers and one ``beam_step`` a depth.
+
+    Args: as for ``make_draft``.
     """
 
     def __init__(self, drafter: Drafter, beam_width: int, draft_length: int, top_k: int) -> None:

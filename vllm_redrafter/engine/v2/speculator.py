@@ -13,7 +13,7 @@ from vllm_redrafter.drafter.checkpoint import load_drafter
 from vllm_redrafter.engine.checks import UnsupportedError
 from vllm_redrafter.engine.engine_args import options_of
 from vllm_redrafter.engine.target_tables import target_tables
-from vllm_redrafter.engine.v2.draft import DeviceDraft
+from vllm_redrafter.engine.v2.draft import Draft, make_draft
 from vllm_redrafter.engine.v2.model_state import TreeModelState
 from vllm_redrafter.ops.build_tree import build_tree
 from vllm_redrafter.tree.tree import Tree
@@ -34,7 +34,7 @@ class ReDrafterSpeculator(DraftModelSpeculator):
         self.options = options_of(vllm_config)
         self.draft_attn_layer_names: set[str] = set()
         self.attn_groups: list[Any] = []
-        self._draft: DeviceDraft | None = None
+        self._draft: Draft | None = None
 
     # -- start-up --------------------------------------------------------------------------
 
@@ -54,7 +54,7 @@ class ReDrafterSpeculator(DraftModelSpeculator):
             )
         self.model = self.load_draft_model(target_model, set())
         options = self.options
-        self._draft = DeviceDraft(
+        self._draft = make_draft(
             self.model, options.beam_width, options.draft_length, options.top_k
         )
         target_model.get_model_state_cls = lambda: TreeModelState
