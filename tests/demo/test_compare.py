@@ -240,7 +240,7 @@ def test_bad_arguments(variants, prompts, baseline):
 
 
 def test_only_the_own_settings_differ():
-    make = compare_module._engine_arguments
+    make = compare_module.engine_arguments
     settings = Settings(dtype="float32", num_threads=3, env={"A": "1"})
     plain, plain_env = make("t", None, settings, 8)
     ours, ours_env = make("t", {"method": "m", "env": {"B": "2"}, "llm_kwargs": {"seed": 1}},

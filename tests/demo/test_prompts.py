@@ -6,7 +6,7 @@ import json
 import pytest
 
 from vllm_redrafter.demo.fetch import FetchError
-from vllm_redrafter.demo.prompts import Prompt, parse_questions, spread
+from vllm_redrafter.demo.prompts import Prompt, parse_questions, parse_tasks, spread
 
 
 def line(number, category, *turns):
@@ -42,3 +42,19 @@ def test_a_few_prompts_come_from_all_categories():
 def test_uneven_categories():
     prompts = [Prompt(0, "a", ("t",)), Prompt(1, "b", ("t",)), Prompt(2, "b", ("t",))]
     assert [p.id for p in spread(prompts, 3)] == [0, 1, 2]
+
+
+def test_human_eval_tasks_become_turns():
+    task = json.dumps({"task_id": "HumanEval/7", "prompt": "def f(x):\n    # {x}\n", "test": ""})
+    (prompt,) = parse_tasks(["", task])
+    assert (prompt.id, prompt.category) == (7, "HumanEval")
+    assert prompt.turns[0].endswith("block.\n\n```python\ndef f(x):\n    # {x}\n```")
+
+
+@pytest.mark.parametrize(
+    "bad", ["{not", "[]", '{"task_id": "HumanEval/1"}', '{"task_id": 3, "prompt": "x"}',
+            '{"task_id": "HumanEval/1", "prompt": " "}', '{"task_id": "x", "prompt": "x"}'],
+)  # fmt: skip
+def test_a_bad_task_is_named(bad):
+    with pytest.raises(FetchError, match="^line 2 of HumanEval.jsonl"):
+        parse_tasks(["", bad])

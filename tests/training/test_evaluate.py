@@ -158,6 +158,28 @@ def test_nothing_is_accepted_behind_the_end():
         assert [int(part) for part in accept(context, table)[setting]] == [length - 1, 3]
 
 
+def test_the_end_counts_as_in_vllm():
+    table = subject.following_tokens([5, 6, 7], 2, [8, 9, 10])
+    assert table.tolist() == [[5, 6, 7, 8], [6, 7, 8, 9]]
+    # Drafts behind 5 (all three right), 6 and 7; a request that max_tokens ends skips the last.
+    drafter = random_drafter()
+    drafter.embedding = torch.randn(320, 64)
+    context = torch.randn(1, 64)
+    beams = beam_search(drafter, context, torch.tensor([5]), 1, 3)
+    chain = [5, *beams.tokens[0, :, 0].tolist()]
+    setting = Setting(1, 3, 3)
+    accept = Replay(drafter, [setting], "best").accepted
+    for known in range(4):
+        table = subject.following_tokens(chain[:2], 3, chain[2 : 2 + known])[:1]
+        assert int(accept(context, table)[setting][0]) == 1 + min(known, 2)
+    said = [5, 6, 7, 8]
+    assert [Recorded([1], said[:n], finish_reason="length").drafting_positions
+            for n in (1, 2, 4)] == [0, 0, 2]  # fmt: skip
+    for reason in (None, "stop"):
+        assert [Recorded([1], said[:n], finish_reason=reason).drafting_positions
+                for n in (1, 2, 4)] == [0, 1, 3]  # fmt: skip
+
+
 def test_shuffled_weights_and_a_wrong_offset_accept_less(tmp_path, target, answers, fitted):
     texts, _ = greedy_rollouts(target, rows=16, length=40, seed=12)
     recorded = [Recorded(t[:PROMPT].tolist(), t[PROMPT:].tolist()) for t in texts]
@@ -302,6 +324,9 @@ GOOD = '{"prompt_token_ids": [1], "token_ids": [2, 3]}'
     ('{"prompt_token_ids": [1], "token_ids": [320]}', "line 3: token_ids has the id 320, but"),
     ('{"prompt_token_ids": [-1], "token_ids": [2]}', "line 3: prompt_token_ids has the id -1"),
     ('{"prompt_token_ids": [1], "token_ids": [2], "category": 3}', "line 3: category is 3"),
+    ('{"prompt_token_ids": [1], "token_ids": [2], "continuation": [320]}', "line 3: continuation"),
+    ('{"prompt_token_ids": [1], "token_ids": [2], "finish_reason": "end"}',
+     "line 3: finish_reason is 'end'"),
 ])  # fmt: skip
 def test_broken_lines_are_named(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")

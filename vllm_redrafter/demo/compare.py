@@ -357,7 +357,7 @@ def compare(
     }
     largest = max(settings.batch_size, other_batch_size or 1)
     engines = {
-        name: EngineProcess(name, *_engine_arguments(str(target), config, settings, largest))
+        name: EngineProcess(name, *engine_arguments(str(target), config, settings, largest))
         for name, config in variants.items()
     }
     try:
@@ -462,7 +462,7 @@ def physical_cores() -> int:
     return len(cores)
 
 
-def _engine_arguments(
+def engine_arguments(
     target: str, config: dict[str, Any] | None, settings: Settings, max_num_seqs: int
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Keyword arguments of `vllm.LLM` and environment variables of one variant."""

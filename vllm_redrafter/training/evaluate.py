@@ -6,9 +6,18 @@ both are known. So all positions are drafted at once, in chunks, and the steps o
 then only jumps over the numbers of accepted tokens.
 
 Counting is that of vLLM's ``spec_decode`` metrics: the first token of an answer comes from prefill,
-every later step makes one draft, and the acceptance length is 1 + accepted / drafts. One thing
-cannot be known here: a draft may go on correctly behind the recorded end. vLLM counts such tokens
-in the last step of a request, although it throws them away; the replay does not.
+every later step makes one draft, and the acceptance length is 1 + accepted / drafts. The end of an
+answer needs two facts that its tokens do not hold:
+
+* A draft may go on correctly behind the end. vLLM counts such tokens in the last step of a request,
+  although it throws them away: they measure the drafter, not the speed. A recording can carry what
+  the target would have said next (``continuation``, at least a draft long); then the replay counts
+  them as well. Without it nothing is accepted behind the end, and the figure is a little lower.
+* A request that ``max_tokens`` ends makes no draft when one token is left. A recording can say so
+  (``finish_reason`` "length"); without it every step but the first drafts.
+
+With both, the counts are vLLM's, request by request, wherever the engine's logits and these agree
+on every argmax.
 """
 
 from __future__ import annotations
@@ -57,16 +66,26 @@ class Recorded:
         prompt: token ids, at least one.
         answer: token ids, at least one.
         category: as the file says, or None.
+        continuation: what the target says behind the answer's end, as far as it is known.
+        finish_reason: vLLM's word for why it ended, ``stop`` or ``length``; None: not known.
     """
 
     prompt: list[int]
     answer: list[int]
     category: str | None = None
+    continuation: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
 
     @property
     def looping(self) -> bool:
         # 30 % exactly is not more than 30 %, however the share is rounded.
         return repeated_share(self.answer) > LOOPING + 1e-9
+
+    @property
+    def drafting_positions(self) -> int:
+        """From how many of its tokens, the first ones, a draft would be made and verified."""
+        # The last token ends the request; with one token to go under max_tokens a draft is useless.
+        return max(0, len(self.answer) - (2 if self.finish_reason == "length" else 1))
 
 
 @dataclass(frozen=True)
@@ -234,11 +253,12 @@ def _read_line(line: str, vocab_size: int) -> Recorded:
         raise ValueError(f"this is not JSON ({error}).") from error
     if not isinstance(value, dict):
         raise ValueError(f"this is {type(value).__name__}, not a JSON object.")
-    for name in ("prompt_token_ids", "token_ids"):
-        ids = value.get(name)
+    for name in ("prompt_token_ids", "token_ids", "continuation"):
+        optional = name == "continuation"
+        ids = value.get(name, [] if optional else None)
         if not isinstance(ids, list) or not all(type(one) is int for one in ids):
             raise ValueError(f"{name} must be a list of whole numbers.")
-        if not ids:
+        if not ids and not optional:
             raise ValueError(f"{name} is empty; leave such answers out.")
         for one in ids:
             if not 0 <= one < vocab_size:
@@ -249,7 +269,16 @@ def _read_line(line: str, vocab_size: int) -> Recorded:
     category = value.get("category")
     if category is not None and not isinstance(category, str):
         raise ValueError(f"category is {category!r}; it must be a string.")
-    return Recorded(value["prompt_token_ids"], value["token_ids"], category)
+    reason = value.get("finish_reason")
+    if reason not in (None, "stop", "length"):
+        raise ValueError(f"finish_reason is {reason!r}; it must be 'stop' or 'length'.")
+    return Recorded(
+        value["prompt_token_ids"],
+        value["token_ids"],
+        category,
+        value.get("continuation", []),
+        reason,
+    )
 
 
 def read_costs(path: str | Path) -> Costs:
@@ -297,8 +326,8 @@ def steps_of(accepted: Sequence[int], nodes: Sequence[int]) -> Counts:
     """Decode one answer: jump over what every draft on the way gets accepted.
 
     Args:
-        accepted: by position p of the known token, from 0 to the last but one of the answer: how
-            many tokens of the draft made there agree with the answer, none beyond its end.
+        accepted: by position p of the known token, from 0 on while drafts are made: how many
+            tokens of the draft made there agree with the answer (and its continuation).
         nodes: drafted tokens in the tree at each of these positions.
     """
     counts, at = Counts(), 0
@@ -388,9 +417,13 @@ class Replay:
         return max(1, _CHUNK_LOGITS // (width * self.drafter.config.draft_vocab_size))
 
 
-def following_tokens(answer: Sequence[int], depth: int) -> Tensor:
-    """``[len(answer) - 1, depth + 2]`` int64: row p holds the answer from p on, then NO_TOKEN."""
-    padded = torch.tensor([*answer, *[NO_TOKEN] * (depth + 1)], dtype=torch.int64)
+def following_tokens(answer: Sequence[int], depth: int, continuation: Sequence[int] = ()) -> Tensor:
+    """``[len(answer) - 1, depth + 2]`` int64: row p holds the answer from p on, then NO_TOKEN.
+
+    Args:
+        continuation: stands behind the answer, before NO_TOKEN.
+    """
+    padded = torch.tensor([*answer, *continuation, *[NO_TOKEN] * (depth + 1)], dtype=torch.int64)
     return padded.unfold(0, depth + 2, 1)[: len(answer) - 1]
 
 
@@ -416,18 +449,21 @@ def replay(
                            group_tokens):  # fmt: skip
         states = target.hidden([torch.tensor(answers[i].prompt + answers[i].answer)
                                 for i in members])  # fmt: skip
-        context, following, lengths = [], [], []
+        context, following, continued, lengths = [], [], [], []
         for i, hidden in zip(members, states, strict=True):
             first, length = len(answers[i].prompt) - 1, len(answers[i].answer)
             predicting = hidden[first : first + length]
             outcomes[i].agreeing = _agreeing(target, predicting, answers[i].answer)
             context.append(predicting[:-1])  # the last token is the known one of no step
             following.append(following_tokens(answers[i].answer, replayer.depth))
+            continued.append(
+                following_tokens(answers[i].answer, replayer.depth, answers[i].continuation)
+            )
             lengths.append(length - 1)
         if sum(lengths):
-            table = torch.cat(following).to(target.device)
             rows = torch.cat(context)
-            accepted, hits = replayer.accepted(rows, table), replayer.hits(rows, table)
+            accepted = replayer.accepted(rows, torch.cat(continued).to(target.device))
+            hits = replayer.hits(rows, torch.cat(following).to(target.device))
         for at, i in enumerate(members):
             begin = sum(lengths[:at])
             end = begin + lengths[at]
@@ -436,6 +472,7 @@ def replay(
                 outcomes[i].hits = torch.zeros(replayer.depth, 3, dtype=torch.int64)
                 continue
             outcomes[i].hits = hits[begin:end].sum(0)
+            end = begin + answers[i].drafting_positions
             for setting, (count, nodes) in accepted.items():
                 outcomes[i].counts[setting] = steps_of(
                     count[begin:end].tolist(), nodes[begin:end].tolist()

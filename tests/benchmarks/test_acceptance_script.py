@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/acceptance.py without engines: what is kept, counted, grouped and refused."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from vllm_redrafter.demo.engine_process import SpecCounters, _request_counters
+from vllm_redrafter.training.evaluate import Recorded, Setting
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "acceptance.py"
+LOOP = [1, 2, 3, 4] * 10
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("acceptance_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def asked(script):
+    return [
+        script.Question([7], "MT-bench", "MT-bench: math"),
+        script.Question([8], "MT-bench", "MT-bench: writing"),
+        script.Question([9], "HumanEval", "HumanEval"),
+    ]
+
+
+@pytest.fixture
+def recorded():
+    return [
+        Recorded([7], list(range(30)), "MT-bench: math", [5, 6], "stop"),
+        Recorded([8], LOOP, "MT-bench: writing", [1], "length"),
+        Recorded([9], [3, 4], "HumanEval", [], "stop"),
+    ]
+
+
+class FakeEngine:
+    """Stands for `Engine`: answers as recorded, two prompts a batch, with given counters."""
+
+    said: list[list[int]] = []
+    counters: list[SpecCounters] = []
+    lost = SpecCounters()
+
+    def __init__(self, target, speculation, args):
+        self.speculation = speculation
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        pass
+
+    def answer(self, prompts, what, **sampling):
+        for start in range(0, len(prompts), 2):
+            mine = self.counters[start : start + 2]
+            yield SimpleNamespace(
+                token_ids=self.said[start : start + 2],
+                finish_reasons=["stop", "length", "stop"][start : start + 2],
+                request_spec=mine,
+                spec=sum(mine, self.lost),
+            )
+
+
+@pytest.fixture
+def fake(script, monkeypatch, recorded):
+    class Engine(FakeEngine):
+        said = [one.answer for one in recorded]
+        counters = [SpecCounters(10, 70, 5, (5,)), SpecCounters(4, 28, 8, (8,)),
+                    SpecCounters(1, 7, 0, (0,))]  # fmt: skip
+
+    monkeypatch.setattr(script, "Engine", Engine)
+    return Engine
+
+
+def options(**changed) -> argparse.Namespace:
+    values = {"drafter": Path("some-drafter"), "target": Path("some-target"), "tree": "best",
+              "max_tokens": 40, "dtype": "float32", "batch_size": 2} | changed  # fmt: skip
+    return argparse.Namespace(**values)
+
+
+def test_counts_are_attributed_to_groups(script, fake, asked, recorded):
+    result = script.measure(Setting(4, 3, 7), recorded, Path("t"), options())
+    assert result.equal == 3
+    figures = script.report(asked, recorded, [result], options())
+    lengths = {
+        row["group"]: row["settings"]["4,3,7"]["acceptance_length"] for row in figures["groups"]
+    }
+    assert lengths == {
+        "all": 1 + 13 / 15,
+        "all, not looping": 1 + 5 / 11,
+        "all, looping": 3,
+        "MT-bench": 1 + 13 / 14,
+        "MT-bench, not looping": 1.5,
+        "MT-bench, looping": 3,
+        "HumanEval": 1,
+        "HumanEval, not looping": 1,
+        "HumanEval, looping": None,
+        "MT-bench: math": 1.5,
+        "MT-bench: writing": 3,
+    }
+    text = script.markdown(figures)
+    assert "| MT-bench | 2 | 70 | 1.929 |" in text and "| HumanEval, looping | 0 | 0 |  |" in text
+    assert "4,3,7: 3 of 3" in text and "Answer with the whole function" in text
+    json.dumps(figures, allow_nan=False)
+
+
+def test_other_answers_are_a_defect_in_float32_only(script, fake, recorded):
+    fake.said = [*fake.said[:2], [3, 5]]
+    with pytest.raises(script.Failed, match="only 2 of 3 float32 answers"):
+        script.measure(Setting(4, 3, 7), recorded, Path("t"), options())
+    assert (
+        script.measure(Setting(4, 3, 7), recorded, Path("t"), options(dtype="bfloat16")).equal == 2
+    )
+
+
+def test_counts_that_do_not_add_up_are_refused(script, fake, recorded):
+    fake.lost = SpecCounters(1, 7, 1, (1,))
+    with pytest.raises(script.Failed, match="are not those of the engine"):
+        script.measure(Setting(4, 3, 7), recorded, Path("t"), options())
+
+
+def test_a_recording_is_read_back_and_only_for_what_it_was_made(
+    script, fake, asked, recorded, tmp_path
+):
+    got = script.record(asked, fake(None, None, None), 40)
+    assert [one.answer for one in got] == [one.answer for one in recorded]
+    assert [one.finish_reason for one in got] == ["stop", "length", "stop"]
+    path = tmp_path / "answers.jsonl"
+    script.write_recorded(path, recorded, "float32", 40)
+    assert script.read_recorded(path, asked, "float32", 40, 50) == recorded
+    with pytest.raises(script.Failed, match="was recorded with"):
+        script.read_recorded(path, asked, "bfloat16", 40, 50)
+    with pytest.raises(script.Failed, match="was recorded with"):
+        script.read_recorded(path, asked, "float32", 41, 50)
+    with pytest.raises(script.Failed, match="answers other prompts"):
+        script.read_recorded(path, asked[:2], "float32", 40, 50)
+
+
+def test_a_histogram_becomes_counters():
+    def output(metrics):
+        return SimpleNamespace(outputs=[SimpleNamespace(spec_decode_metrics=metrics)])
+
+    # 3 steps accepted nothing, 2 one token, 1 three.
+    metrics = SimpleNamespace(histogram=[3, 2, 0, 1], num_draft_tokens=42)
+    assert _request_counters([output(metrics)]) == [SpecCounters(6, 42, 5, (3, 1, 1))]
+    assert _request_counters([output(metrics), output(None)]) == []
