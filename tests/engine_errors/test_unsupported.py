@@ -68,7 +68,15 @@ def test_wrong_version(message, monkeypatch, version):
     monkeypatch.setattr(checks, "vllm_version", lambda: version)
     text = message()
     assert f"not {version}; install a tested version" in text
-    assert compat.TESTED_VLLM[0] in text
+    assert "tested on Model Runner V1 with vLLM 0.32.0, not" in text
+
+
+def test_each_runner_has_versions_of_its_own(monkeypatch):
+    """0.33.0 was run on Model Runner V2 only."""
+    monkeypatch.setattr(checks, "vllm_version", lambda: "0.33.0")
+    checks.check_version("v2")
+    with pytest.raises(UnsupportedError, match="V1 with vLLM 0.32.0, not 0.33.0"):
+        checks.check_version("v1")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +99,7 @@ def test_moved_hook(message, monkeypatch, hook, problem):
     monkeypatch.setattr(compat, "HOOKS", (*compat.HOOKS, hook))
     text = message()
     assert f"does not fit this vllm-redrafter: {hook.where} {problem}" in text
-    assert f"install a tested version ({compat.TESTED_VLLM[0]})" in text
+    assert f"install a tested version ({compat.tested_versions('v1')[0]})" in text
 
 
 def test_pooling_runner(message):

