@@ -125,6 +125,7 @@ def engine(model: Any, drafter: Any = None, **settings: Any) -> Engine:
     } | settings
     if drafter is not None:
         settings["speculative_config"] = {"method": "redrafter", "model": str(drafter)} | spec
+        settings.setdefault("per_request_spec_decode_metrics", "detailed")
     key = tuple(sorted((name, repr(value)) for name, value in settings.items()))
     if key not in _ENGINES:
         from vllm import LLM
