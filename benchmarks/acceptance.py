@@ -39,15 +39,11 @@ from vllm_redrafter.demo.prompts import (
     spread,
 )
 from vllm_redrafter.demo.target import smollm2
+from vllm_redrafter.training.answers import Recorded, read_answers
 from vllm_redrafter.training.errors import TrainingError
-from vllm_redrafter.training.evaluate import (
-    LOOPING,
-    Recorded,
-    Setting,
-    parse_settings,
-    read_answers,
-)
+from vllm_redrafter.training.evaluate import Setting, parse_settings
 from vllm_redrafter.training.files import make_directory, write_atomic, write_json
+from vllm_redrafter.training.repeats import LOOPING
 
 # Enough behind an answer's end for any draft that a replay may try.
 CONTINUATION = 16

@@ -13,7 +13,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from vllm_redrafter.demo.engine_process import SpecCounters, _request_counters
-from vllm_redrafter.training.evaluate import Recorded, Setting
+from vllm_redrafter.training.answers import Recorded
+from vllm_redrafter.training.evaluate import Setting
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "acceptance.py"
 LOOP = [1, 2, 3, 4] * 10

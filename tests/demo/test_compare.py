@@ -15,7 +15,6 @@ from vllm_redrafter.demo.compare import (
     Settings,
     compare,
     first_difference,
-    repeated_share,
     turned,
 )
 from vllm_redrafter.demo.engine_process import (
@@ -139,12 +138,6 @@ def test_counters_add_and_subtract():
     assert later - first == SpecCounters(3, 7, 4, (2, 2))
     assert first + later == SpecCounters(5, 11, 6, (4, 2))
     assert sum([first, later], SpecCounters()) == first + later
-
-
-def test_repeated_share():
-    assert repeated_share([1, 2, 3, 4], n=2) == 0.0
-    assert repeated_share([1, 2, 1, 2, 1], n=2) == 0.5
-    assert repeated_share([1, 2], n=3) == 0.0
 
 
 def test_looping_answers_are_found():

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from vllm import SamplingParams
 
 from engine_v1.engines import Engine, engine, tokens
 from engine_v1.tiny_target import prompts
-from vllm_redrafter.drafter.checkpoint import load_drafter
-from vllm_redrafter.training.evaluate import Counts, Recorded, Replay, Setting, replay
+from vllm_redrafter.drafter.checkpoint import load_drafter, save_drafter
+from vllm_redrafter.training.answers import Recorded
+from vllm_redrafter.training.evaluate import Counts, Replay, Setting, load_served, replay
 from vllm_redrafter.training.target import Target
 
 GREEDY = SamplingParams(temperature=0, max_tokens=60)
@@ -35,14 +38,22 @@ def recorded(pair) -> list[Recorded]:
 
 
 @pytest.fixture(scope="module")
-def replayed(target, taught_drafter) -> Callable[..., list[Counts]]:
-    frozen = Target(target, "float32", torch.device("cpu"))
-    drafter = load_drafter(taught_drafter, embedding=frozen.embedding, lm_head=frozen.head,
-                           dtype=torch.float32)  # fmt: skip
+def rounded_drafter(target, taught_drafter, tmp_path_factory) -> Path:
+    """Stored in bfloat16, as trained drafters are; vLLM and the replay must compute in that."""
+    tables = load_file(target / "model.safetensors")
+    drafter = load_drafter(taught_drafter, embedding=tables["model.embed_tokens.weight"],
+                           dtype=torch.bfloat16)  # fmt: skip
+    save_drafter(drafter, directory := tmp_path_factory.mktemp("models") / "rounded")
+    return directory
 
-    def run(answers: list[Recorded], setting: Setting, rule: str) -> list[Counts]:
-        outcomes = replay(frozen, Replay(drafter, [setting], rule), answers)
-        return [outcome.counts[setting] for outcome in outcomes]
+
+@pytest.fixture(scope="module")
+def replayed(target) -> Callable[..., list[Counts]]:
+    frozen = Target(target, "float32", torch.device("cpu"))
+
+    def run(directory: Path, answers: list[Recorded], setting: Setting, rule: str) -> list[Counts]:
+        replayer = Replay(load_served(directory, frozen), [setting], rule)
+        return [outcome.counts[setting] for outcome in replay(frozen, replayer, answers)]
 
     return run
 
@@ -65,17 +76,23 @@ def length(counts: list[Counts]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("width", "depth", "nodes", "rule"),
-    [(6, 4, 15, "best"), (6, 4, 15, "beams"), (4, 2, 5, "best"), (1, 3, 3, "beams")],
+    ("which", "width", "depth", "nodes", "rule"),
+    [
+        ("taught", 6, 4, 15, "best"),
+        ("taught", 6, 4, 15, "beams"),
+        ("rounded", 4, 2, 5, "best"),
+        ("rounded", 1, 3, 3, "beams"),
+    ],
 )
 def test_the_replay_is_what_vllm_counts(
-    target, taught_drafter, recorded, replayed, width, depth, nodes, rule
+    target, recorded, replayed, which, width, depth, nodes, rule, request
 ):
-    trees = engine(target, taught_drafter, spec_tree=rule, spec_beam_width=width,
+    drafter = request.getfixturevalue(f"{which}_drafter")
+    trees = engine(target, drafter, spec_tree=rule, spec_beam_width=width,
                    spec_draft_length=depth, spec_num_speculative_tokens=nodes)  # fmt: skip
     counted = real(trees, recorded)
     setting = Setting(width, depth, nodes)
-    mine = replayed(recorded, setting, rule)
+    mine = replayed(drafter, recorded, setting, rule)
     assert length(mine) == pytest.approx(length(counted), rel=0.01)
     assert length(counted) > 1.4
     # Not only on average; a near tie may fall the other way in another float32 kernel.
@@ -85,19 +102,19 @@ def test_the_replay_is_what_vllm_counts(
 
 def test_what_differs_does_not_agree(target, taught_drafter, recorded, replayed):
     """Negative controls: a wrong tree rule, width, depth, node count or end is seen."""
-    setting = Setting(6, 4, 15)
-    trees = engine(target, taught_drafter, spec_tree="best", spec_beam_width=6,
+    setting, drafter = Setting(6, 4, 15), taught_drafter
+    trees = engine(target, drafter, spec_tree="best", spec_beam_width=6,
                    spec_draft_length=4, spec_num_speculative_tokens=15)  # fmt: skip
     counted = real(trees, recorded)
     endless = [dataclasses.replace(one, continuation=[], finish_reason=None) for one in recorded]
     others = {
-        "rule": replayed(recorded, setting, "beams"),
-        "width": replayed(recorded, Setting(2, 4, 15), "best"),
-        "depth": replayed(recorded, Setting(6, 2, 15), "best"),
-        "nodes": replayed(recorded, Setting(6, 4, 10), "best"),
+        "rule": replayed(drafter, recorded, setting, "beams"),
+        "width": replayed(drafter, recorded, Setting(2, 4, 15), "best"),
+        "depth": replayed(drafter, recorded, Setting(6, 2, 15), "best"),
+        "nodes": replayed(drafter, recorded, Setting(6, 4, 10), "best"),
     }
     for name, counts in others.items():
         assert length(counts) != pytest.approx(length(counted), rel=0.01), name
     # The ends alone are less than 1 % here, but they are seen request by request.
-    ended = replayed(endless, setting, "best")
+    ended = replayed(drafter, endless, setting, "best")
     assert sum(one != other for one, other in zip(counted, ended, strict=True)) > 8

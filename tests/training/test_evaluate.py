@@ -315,7 +315,7 @@ GOOD = '{"prompt_token_ids": [1], "token_ids": [2, 3]}'
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"prompt', "line 3: this is not JSON"),
+    ('{"prompt', "line 3: not JSON"),
     ("[1]", "line 3: this is list, not a JSON object"),
     ('{"prompt_token_ids": [1]}', "line 3: token_ids must be a list of whole numbers"),
     ('{"prompt_token_ids": [1], "token_ids": [true]}', "line 3: token_ids must be a list"),

@@ -12,13 +12,14 @@ from training_cases import FakeEngine, write_chat_target, write_prompts
 
 from vllm_redrafter.cli import main
 from vllm_redrafter.training import files
-from vllm_redrafter.training.data import generate_dataset, repeated_share, why_drop
+from vllm_redrafter.training.data import generate_dataset, why_drop
 from vllm_redrafter.training.dataset import MANIFEST, load_dataset
 from vllm_redrafter.training.errors import TrainingError
 from vllm_redrafter.training.files import sha256
 from vllm_redrafter.training.generate import Answer
 from vllm_redrafter.training.options import DataOptions
 from vllm_redrafter.training.prompts import ChatTokens, from_rows, parse_conversation, read_prompts
+from vllm_redrafter.training.repeats import repeated_share
 
 
 def options(target, out, prompts=None, **fields) -> DataOptions:
@@ -214,7 +215,10 @@ def test_filters(tmp_path, target):
     assert why_drop(Answer(list(range(9)), False), given) == "cut off"
     assert why_drop(Answer([1, 2] * 20, True), given) == "repetitive"
     assert why_drop(Answer(list(range(9)), True), given) is None
-    assert repeated_share([1, 2] * 8) == pytest.approx(1 - 2 / 9) and repeated_share([1]) == 0
+    # Exactly the share that is allowed, 6 of 20 8-grams, which rounding puts above 0.3.
+    allowed = [*range(14), *range(13)]
+    assert repeated_share(allowed) > given.max_repeats == 0.3
+    assert why_drop(Answer(allowed, True), given) is None
 
 
 def test_nothing_passes_the_filters(tmp_path, target):

@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from vllm_redrafter.drafter.config import (
 )
 from vllm_redrafter.drafter.model import Drafter
 from vllm_redrafter.drafter.trim import read_integers, trim_vocabulary
+from vllm_redrafter.training.errors import TrainingError
+from vllm_redrafter.training.vocabulary import coverage, most_frequent, read_counts
 
 # Looked for in this order before "whatever single pickle there is".
 _USUAL_PICKLES = ("pytorch_model.bin", "model.pt")
@@ -69,14 +71,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="format to write (default: redrafter)")  # fmt: skip
     parser.add_argument("--draft-vocab", type=Path, metavar="FILE",
                         help="keep only these rows of a full head: one id a line")  # fmt: skip
+    parser.add_argument("--draft-vocab-size", type=int, metavar="N",
+                        help="keep only the rows of the N most frequent tokens of a full head, by "
+                        "--frequencies")  # fmt: skip
+    parser.add_argument("--frequencies", type=Path, metavar="FILE_OR_DATASET",
+                        help="how often each token occurs: one count a line, token 0's first; or "
+                        "a directory that `vllm-redrafter data` made, whose answers are "
+                        "counted")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert, print what was written; returns the exit code."""
+    remarks: list[str] = []
     try:
-        ids = None if args.draft_vocab is None else read_integers(args.draft_vocab)
-        drafter = convert(args.src, args.dst, force=args.force, to=args.to, draft_vocab=ids)
-    except DrafterError as error:
+        rows = _which_rows(args, remarks)
+        drafter = convert(args.src, args.dst, force=args.force, to=args.to, draft_vocab=rows)
+    except (DrafterError, TrainingError) as error:
         raise UserError(str(error)) from error
     config = drafter.config
     print(
@@ -84,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
         f"exit_dim {config.exit_dim}, {config.num_draft_layers} residual blocks, "
         f"rnn {'on' if config.rnn else 'off'}, {str(drafter.dtype).removeprefix('torch.')}"
     )
+    for remark in remarks:
+        print(remark)
     if args.to == "apple" and (lost := not_in_apples_format(config)):
         options = ", ".join(f"{name} {value}" for name, value in lost.items())
         print(
@@ -91,6 +103,44 @@ def run(args: argparse.Namespace) -> int:
             "served, or its top_k is 50."
         )
     return 0
+
+
+def _which_rows(args: argparse.Namespace, remarks: list[str]) -> Callable[[int], list[int]] | None:
+    """What the options say about the draft vocabulary: from the vocabulary's size to ids.
+
+    Args:
+        remarks: gets sentences about the ids, when they are chosen.
+
+    Raises:
+        DrafterError: options that do not go together.
+    """
+    size, source = args.draft_vocab_size, args.frequencies
+    if (size is None) != (source is None):
+        raise DrafterError("--draft-vocab-size and --frequencies need each other; give both.")
+    if args.draft_vocab is not None:
+        if size is not None:
+            raise DrafterError(
+                "--draft-vocab and --draft-vocab-size were both given; give one of them."
+            )
+        return lambda vocab_size: read_integers(args.draft_vocab)
+    if size is None:
+        return None
+
+    def choose(vocab_size: int) -> list[int]:
+        if not 1 <= size < vocab_size:
+            raise DrafterError(
+                f"--draft-vocab-size is {size}; it must be at least 1 and below the drafter's "
+                f"vocabulary of {vocab_size}."
+            )
+        counts = read_counts(source, vocab_size)
+        ids = most_frequent(counts, size)
+        share, unseen = coverage(counts, ids), int((counts[ids] == 0).sum())
+        remarks.append(f"draft vocabulary: {share:.1%} of the counted tokens can be drafted")
+        if unseen:
+            remarks.append(f"note: {unseen} of its {size} tokens were never counted.")
+        return ids.tolist()
+
+    return choose
 
 
 def not_in_apples_format(config: DrafterConfig) -> dict[str, Any]:
@@ -105,12 +155,13 @@ def convert(
     *,
     force: bool = False,
     to: str = "redrafter",
-    draft_vocab: list[int] | None = None,
+    draft_vocab: Callable[[int], list[int]] | None = None,
 ) -> Drafter:
     """Write the drafter in ``src`` to the directory ``dst`` as config.json and safetensors.
 
     Pickles are read with ``weights_only``: a file that holds anything but tensors and plain
     values is refused, and nothing in it runs. ``to`` is ``redrafter`` or ``apple``.
+    ``draft_vocab`` gets the size of the vocabulary and says which ids of it to keep.
 
     Raises:
         DrafterError: nothing to convert, unreadable or refused weights, names that are no
@@ -135,7 +186,7 @@ def convert(
     lm_head = torch.zeros(config.vocab_size, config.hidden_size) if config.shared_head else None
     drafter = build_drafter(config, tensors, directory, lm_head=lm_head)
     if draft_vocab is not None:
-        drafter = trim_vocabulary(drafter, draft_vocab)
+        drafter = trim_vocabulary(drafter, draft_vocab(config.vocab_size))
     dst.parent.mkdir(parents=True, exist_ok=True)
     # Two files that belong together: written aside, so that a failure leaves no half of them.
     with tempfile.TemporaryDirectory(prefix=f".{dst.name}-", dir=dst.parent) as aside:

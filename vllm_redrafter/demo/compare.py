@@ -22,11 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_redrafter.demo.engine_process import EngineProcess, Generation, SpecCounters
+from vllm_redrafter.training.repeats import is_looping
 
 Progress = Callable[[int, int, str], None]
-
-# An answer with a larger share of repeated 8-grams counts as looping.
-LOOPING = 0.3
 
 
 @dataclass(frozen=True)
@@ -221,11 +219,11 @@ class Comparison:
         )
 
     def looping_groups(self) -> set[int]:
-        """Groups in which a baseline answer goes in circles (see `repeated_share`)."""
+        """Groups in which a baseline answer goes in circles (see `training.repeats`)."""
         return {
             run.group
             for run in self.of(self.baseline)
-            if any(repeated_share(ids) > LOOPING for ids in run.result.token_ids)
+            if any(is_looping(ids) for ids in run.result.token_ids)
         }
 
     def equality(self, variant: str) -> Equality:
@@ -290,16 +288,6 @@ class Comparison:
     def save(self, path: Path) -> None:
         """Write `to_json()` to `path`."""
         path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-
-
-def repeated_share(token_ids: Sequence[int], n: int = 8) -> float:
-    """Share of the n-grams in `token_ids` that occurred before in it; 0.0 if it has none.
-
-    Greedy answers of a small model often end in a loop, which is easy to draft for: figures for
-    them say little about other text.
-    """
-    grams = [tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:

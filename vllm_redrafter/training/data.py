@@ -43,6 +43,7 @@ from vllm_redrafter.training.prompts import (
     prompt_key,
     read_prompts,
 )
+from vllm_redrafter.training.repeats import repeats_more_than
 from vllm_redrafter.training.target import vocab_sha256
 
 INVENTED = 10_000
@@ -127,19 +128,13 @@ def generate_dataset(
     return manifest
 
 
-def repeated_share(token_ids: Sequence[int], n: int = 8) -> float:
-    """Share of the n-grams that occurred before in the same text; 0.0 if there are none."""
-    grams = [tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 def why_drop(answer: Answer, options: DataOptions) -> str | None:
     """The filter that an answer does not pass, None if it passes all."""
     if len(answer.token_ids) < max(options.min_tokens, 2):
         return "too short"  # below two tokens there is nothing to draft
     if options.only_ended and not answer.ended:
         return "cut off"
-    if repeated_share(answer.token_ids) > options.max_repeats:
+    if repeats_more_than(answer.token_ids, options.max_repeats):
         return "repetitive"
     return None
 

@@ -110,19 +110,19 @@ def check_fits(dataset: Dataset, vocab_size: int, tokenizer_sha256: str | None, 
     if recorded and tokenizer_sha256 and recorded != tokenizer_sha256:
         raise TrainingError(
             f"the dataset in '{where}' was made with another tokenizer (target "
-            f"{dataset.manifest.get('target')!r}); train with that target, or make the data anew."
+            f"{dataset.manifest.get('target')!r}); use that target, or make the data anew."
         )
     size = dataset.manifest.get("vocab_size")
     if size is not None and size != vocab_size:
         raise TrainingError(
             f"the dataset in '{where}' was made with a vocabulary of {size}, but the target has "
-            f"{vocab_size}; train with the target that made it."
+            f"{vocab_size}; use the target that made it."
         )
     top = max(int(tokens.max()) for tokens in dataset.tokens)
     if top >= vocab_size:
         raise TrainingError(
             f"the dataset in '{where}' holds token {top}, but the target's vocabulary has "
-            f"{vocab_size}; train with the target that made it."
+            f"{vocab_size}; use the target that made it."
         )
 
 

@@ -39,15 +39,14 @@ from vllm_redrafter.drafter.model import Drafter
 from vllm_redrafter.ops.build_tree import build_tree
 from vllm_redrafter.ops.draft import CompiledDraft
 from vllm_redrafter.ops.walk import walk
-from vllm_redrafter.training.data import repeated_share
+from vllm_redrafter.training.answers import Recorded, read_answers
 from vllm_redrafter.training.errors import TrainingError
 from vllm_redrafter.training.files import make_directory, write_atomic, write_json
 from vllm_redrafter.training.log import can_plot
 from vllm_redrafter.training.options import EvalOptions
-from vllm_redrafter.training.target import Target, choose_device
+from vllm_redrafter.training.repeats import LOOPING
+from vllm_redrafter.training.target import Target, choose_device, tokenizer_sha256
 
-# Above this share of repeated 8-grams an answer counts as looping: easy to draft, it flatters.
-LOOPING = 0.3
 TOP = 5
 NO_TOKEN = -1  # behind an answer's end; no drafted token equals it
 # Numbers of one chunk's logits (positions x beams x vocabulary): 128 MiB in float32.
@@ -56,36 +55,6 @@ _CHUNK_LOGITS = 1 << 25
 _EXPECTED_AGREEMENT = 0.9
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """One greedy answer of the target.
-
-    Attributes:
-        prompt: token ids, at least one.
-        answer: token ids, at least one.
-        category: as the file says, or None.
-        continuation: what the target says behind the answer's end, as far as it is known.
-        finish_reason: vLLM's word for why it ended, ``stop`` or ``length``; None: not known.
-    """
-
-    prompt: list[int]
-    answer: list[int]
-    category: str | None = None
-    continuation: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-
-    @property
-    def looping(self) -> bool:
-        # 30 % exactly is not more than 30 %, however the share is rounded.
-        return repeated_share(self.answer) > LOOPING + 1e-9
-
-    @property
-    def drafting_positions(self) -> int:
-        """From how many of its tokens, the first ones, a draft would be made and verified."""
-        # The last token ends the request; with one token to go under max_tokens a draft is useless.
-        return max(0, len(self.answer) - (2 if self.finish_reason == "length" else 1))
 
 
 @dataclass(frozen=True)
@@ -213,72 +182,6 @@ def parse_settings(texts: Sequence[str]) -> list[Setting]:
             )
         settings[Setting(width, length, nodes)] = None
     return list(settings)
-
-
-def read_answers(path: str | Path, vocab_size: int) -> list[Recorded]:
-    """The answers of a JSON lines file; empty lines are passed over.
-
-    Args:
-        vocab_size: every id must be below it.
-
-    Raises:
-        TrainingError: an unreadable file, a broken line (with its number), no answers, or none that
-            has a token to draft.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainingError(f"--answers {path} cannot be read: {error}") from error
-    answers = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                answers.append(_read_line(line, vocab_size))
-            except ValueError as error:
-                raise TrainingError(f"--answers {path}, line {number}: {error}") from error
-    if not answers:
-        raise TrainingError(f"--answers {path} holds no answers; give one JSON object a line.")
-    if all(len(recorded.answer) < 2 for recorded in answers):
-        raise TrainingError(
-            f"--answers {path}: no answer has two tokens, so nothing is ever drafted; give longer "
-            "answers."
-        )
-    return answers
-
-
-def _read_line(line: str, vocab_size: int) -> Recorded:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"this is not JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"this is {type(value).__name__}, not a JSON object.")
-    for name in ("prompt_token_ids", "token_ids", "continuation"):
-        optional = name == "continuation"
-        ids = value.get(name, [] if optional else None)
-        if not isinstance(ids, list) or not all(type(one) is int for one in ids):
-            raise ValueError(f"{name} must be a list of whole numbers.")
-        if not ids and not optional:
-            raise ValueError(f"{name} is empty; leave such answers out.")
-        for one in ids:
-            if not 0 <= one < vocab_size:
-                raise ValueError(
-                    f"{name} has the id {one}, but the target's vocabulary has {vocab_size} "
-                    "tokens; give answers of this target."
-                )
-    category = value.get("category")
-    if category is not None and not isinstance(category, str):
-        raise ValueError(f"category is {category!r}; it must be a string.")
-    reason = value.get("finish_reason")
-    if reason not in (None, "stop", "length"):
-        raise ValueError(f"finish_reason is {reason!r}; it must be 'stop' or 'length'.")
-    return Recorded(
-        value["prompt_token_ids"],
-        value["token_ids"],
-        category,
-        value.get("continuation", []),
-        reason,
-    )
 
 
 def read_costs(path: str | Path) -> Costs:
@@ -550,8 +453,8 @@ def evaluate(options: EvalOptions, progress: Progress = lambda done, total: None
     out = Path(options.out)
     make_directory(out)
     target = Target(options.target, options.target_dtype, choose_device(options.device))
-    answers = read_answers(options.answers, target.vocab_size)
-    drafter = _load(options.drafter, target)
+    answers = read_answers(options.answers, target.vocab_size, tokenizer_sha256(options.target))
+    drafter = load_served(options.drafter, target)
     replayer = Replay(drafter, settings, options.tree)
     outcomes = replay(
         target, replayer, answers, group_tokens=options.group_tokens, progress=progress
@@ -564,7 +467,7 @@ def evaluate(options: EvalOptions, progress: Progress = lambda done, total: None
             step, speed_up = costs.speed_up(setting, total)
             predictions.append({"setting": str(setting), "step_ms": step, "speed_up": speed_up})
     agreement = sum(o.agreeing for o in outcomes) / sum(len(a.answer) for a in answers)
-    warnings = []
+    warnings = _short_continuations(answers, replayer.depth)
     if agreement < _EXPECTED_AGREEMENT:
         warnings.append(
             f"only {agreement:.1%} of the answers' tokens are the target's first choice; the "
@@ -578,6 +481,7 @@ def evaluate(options: EvalOptions, progress: Progress = lambda done, total: None
         "tree": options.tree,
         "top_k": drafter.config.defaults.get("top_k", 0),
         "agreement": agreement,
+        "continued": sum(bool(recorded.continuation) for recorded in answers),
         "warnings": warnings,
         "groups": groups,
         "predictions": predictions,
@@ -593,19 +497,31 @@ def evaluate(options: EvalOptions, progress: Progress = lambda done, total: None
     return report
 
 
-def _load(directory: str, target: Target) -> Drafter:
-    """The drafter in the target's dtype and on its device, as it is served."""
+def load_served(directory: str | Path, target: Target) -> Drafter:
+    """The drafter as it is served: in the dtype in which it is stored, with the target's tables.
+
+    Raises:
+        TrainingError: no drafter, or not this target's.
+    """
     try:
         drafter = load_drafter(
-            directory,
-            embedding=target.embedding.cpu(),
-            lm_head=target.head.cpu(),
-            dtype=target.head.dtype,
+            directory, embedding=target.embedding.cpu(), lm_head=target.head.cpu()
         )
     except DrafterError as error:
         raise TrainingError(str(error)) from error
     drafter.embedding = target.embedding
     return drafter.to(target.device)
+
+
+def _short_continuations(answers: Sequence[Recorded], depth: int) -> list[str]:
+    """A warning when some continuations cannot hold all that a last draft might get accepted."""
+    short = sum(0 < len(recorded.continuation) < depth - 1 for recorded in answers)
+    if not short:
+        return []
+    return [
+        f"{short} continuations have fewer than {depth - 1} tokens, so the longest drafts are not "
+        "counted to their end in the last step; record longer ones."
+    ]
 
 
 def _summed(outcomes: Sequence[Outcome], setting: Setting) -> Counts:
@@ -676,8 +592,8 @@ def markdown(report: dict[str, Any], picture: bool) -> str:
         report["recommendation"]["why"], "",
         "## Acceptance length", "",
         "1 + accepted tokens / drafts, as vLLM counts; the first token of an answer needs no "
-        "draft, and nothing counts as accepted behind an answer's end. Columns: W,L,N. An answer "
-        f"is looping when more than {LOOPING:.0%} of its 8-grams are repetitions.", "",
+        f"draft. {_ends(report['continued'], report['groups'][0]['answers'])} Columns: W,L,N. An "
+        f"answer is looping when more than {LOOPING:.0%} of its 8-grams are repetitions.", "",
         *_table(
             ["answers", "count", "tokens", *settings],
             [[_cell(g["name"]), str(g["answers"]), str(g["tokens"]),
@@ -703,6 +619,17 @@ def markdown(report: dict[str, Any], picture: bool) -> str:
         else "No acceptance.png: it needs `matplotlib` (pip install 'vllm-redrafter[train]')."
     )  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _ends(continued: int, answers: int) -> str:
+    """What counts behind the end of an answer."""
+    if continued == answers:
+        return "What is accepted behind an answer's end counts, as in vLLM's counters."
+    which = "" if not continued else f"Of {answers - continued} answers without continuation "
+    return (
+        f"{which}{'nothing' if which else 'Nothing'} counts as accepted behind the end, where "
+        "vLLM counts on to the end of the draft: its figure is a little higher."
+    )
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

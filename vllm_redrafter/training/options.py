@@ -90,8 +90,9 @@ class TrainOptions:
                           minimum=1)  # fmt: skip
     draft_vocab_size: int | None = option(
         None,
-        "most frequent tokens that can be drafted; default 8192, 16384 or 32768 for targets "
-        "of hidden size below 1024, below 3072 or above; the target's size means all",
+        "most frequent tokens that can be drafted; default 8192 (measured), 16384 or 32768 "
+        "(guesses) for targets of hidden size below 1024, below 3072 or above; the target's size "
+        "means all",
         minimum=1,
     )
     head: str = option(
@@ -106,7 +107,8 @@ class TrainOptions:
         "`tuned` need; twice that is Apple's shape, without input projection",
         minimum=1,
     )
-    blocks: int = option(2, "residual blocks", minimum=0)
+    blocks: int | None = option(None, "residual blocks; default: 2, for targets of every size",
+                                minimum=0)  # fmt: skip
     rnn: bool = option(True, "recurrent cell; without it the state is a sum of embeddings")
     save_dtype: str = option("bfloat16", "type of the stored weights",
                              choices=("bfloat16", "float16", "float32"))  # fmt: skip
@@ -114,8 +116,9 @@ class TrainOptions:
     epochs: float = option(1.0, "passes over the data", above=0)
     max_steps: int | None = option(None, "stop after this many steps; the learning rate then falls "
                                    "to zero there", minimum=1)  # fmt: skip
-    batch_size: int = option(512, "positions per step and process. Small targets learn faster from "
-                             "small batches: try 320", minimum=1)  # fmt: skip
+    batch_size: int | None = option(
+        None, "positions per step and process; default 320 (measured), 512 or 1024 (guesses) for "
+        "targets of hidden size below 1024, below 3072 or above", minimum=1)  # fmt: skip
     group_tokens: int = option(
         4096,
         "tokens of text in memory at once; positions of one step come from one group. The "
@@ -127,7 +130,8 @@ class TrainOptions:
         "passes in later epochs, takes hidden size times 2 or 4 bytes per token (2.3 GB for a "
         "million tokens of size 576 in float32)")  # fmt: skip
     max_length: int = option(2048, "cut sequences to this many tokens", minimum=3)
-    lr: float = option(1e-3, "highest learning rate (AdamW)", above=0)
+    lr: float | None = option(None, "highest learning rate (AdamW); default: 0.001, for targets of "
+                              "every size", above=0)  # fmt: skip
     warmup: float = option(0.03, "share of the steps in which the learning rate rises; it then "
                            "falls to zero as a cosine", minimum=0)  # fmt: skip
     weight_decay: float = option(0.0, "AdamW's weight decay", minimum=0)
@@ -164,8 +168,11 @@ class EvalOptions:
     drafter: str | None = option(None, "directory of the drafter", required=True)
     answers: str | None = option(
         None, "greedy answers of the target, one JSON object a line: "
-        '{"prompt_token_ids": [...], "token_ids": [...], "category": "optional"}',
-        required=True)  # fmt: skip
+        '{"prompt_token_ids": [...], "token_ids": [...], "category": "..."}; or a directory that '
+        "`vllm-redrafter data` made, of which the answers at temperature 0 are taken. It should "
+        "not be the one that the drafter was trained on. Two more keys make the end of an answer "
+        'count as in vLLM: "continuation", the ids that would follow, and "finish_reason", "stop" '
+        'or "length"', required=True)  # fmt: skip
     out: str | None = option(None, "directory for report.md, report.json and acceptance.png",
                              required=True)  # fmt: skip
     settings: tuple[str, ...] = option(

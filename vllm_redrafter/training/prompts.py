@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vllm_redrafter.training.errors import TrainingError, missing
+from vllm_redrafter.training.jsonl import numbered_lines, parse_line
 
 Conversation = list[dict[str, str]]
 
@@ -108,19 +108,13 @@ def read_prompts(path: str | Path, limit: int | None = None) -> PromptList:
         TrainingError: unreadable file, or not one usable line.
     """
     found = PromptList()
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise TrainingError(f"--prompts {path} cannot be read ({error.strerror}).") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in numbered_lines(path, "--prompts"):
         if limit is not None and len(found.conversations) >= limit:
             break
-        if not line.strip():
-            continue
         try:
-            value = json.loads(line)
+            value = parse_line(line)
         except ValueError as error:
-            found.broken.append(f"line {number}: not JSON ({error})")
+            found.broken.append(f"line {number}: {error}")
             continue
         found.add(f"line {number}", value)
     return found.or_fail(f"--prompts {path}")

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -22,6 +22,7 @@ from vllm_redrafter.drafter.config import DrafterConfig
 from vllm_redrafter.training import vocabulary
 from vllm_redrafter.training.batches import Group, Schedule, make_group, num_anchors, pack, split
 from vllm_redrafter.training.dataset import check_fits, join, load_dataset
+from vllm_redrafter.training.defaults import resolve
 from vllm_redrafter.training.errors import TrainingError, missing
 from vllm_redrafter.training.files import make_directory, write_atomic, write_json
 from vllm_redrafter.training.log import Log, can_plot, plot
@@ -91,6 +92,7 @@ class _Run:
         datasets = [load_dataset(directory, options.max_length) for directory in options.data]
         self.dataset = join(datasets)
         self.target = Target(options.target, options.target_dtype, self.device)
+        self.recipe = resolve(options, self.target.hidden_size, self.target.vocab_size)
         tokenizer = tokenizer_sha256(options.target) if self.dataset.manifest else None
         for dataset, directory in zip(datasets, options.data, strict=True):
             check_fits(dataset, self.target.vocab_size, tokenizer, directory)
@@ -107,7 +109,7 @@ class _Run:
                 f"{options.max_length}; make longer answers or raise --max-length."
             )
         self.vocabulary = vocabulary.choose(
-            self.dataset, self.members, self._draft_vocab_size(), self.target.vocab_size
+            self.dataset, self.members, self.recipe.draft_vocab_size, self.target.vocab_size
         )
         self.head_rows = _to(self.vocabulary.ids, self.device)
         self.row_of = self.vocabulary.rows.to(self.device)
@@ -116,7 +118,7 @@ class _Run:
             [num_anchors(answer) for answer in self.dataset.answer],
             [len(tokens) for tokens in self.dataset.tokens],
             group_tokens=options.group_tokens,
-            batch_size=options.batch_size,
+            batch_size=self.recipe.batch_size,
             seed=options.seed,
             rank=rank,
             world=world,
@@ -132,7 +134,7 @@ class _Run:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.trained = trained
         self.optimizer = torch.optim.AdamW(
-            trained, lr=options.lr, weight_decay=options.weight_decay
+            trained, lr=self.recipe.lr, weight_decay=options.weight_decay
         )
         self.done = 0
         if saved is not None:
@@ -146,7 +148,8 @@ class _Run:
         log = None
         if self.rank == 0:
             make_directory(self.aside)
-            write_json(self.aside / "options.json", {**decisive(options), "world": self.world})
+            write_json(self.aside / "options.json", {**decisive(options), **asdict(self.recipe),
+                        "world": self.world})  # fmt: skip
             log = Log(self.aside, self.done, options.tensorboard)
         last: dict[str, Any] = {}
         group, loaded = None, None
@@ -187,7 +190,7 @@ class _Run:
 
     def _step(self, group: Group, at: Tensor, totals: _Totals) -> float:
         """One step of the optimizer; returns the learning rate it took."""
-        lr = self.options.lr * _schedule(self.done, self.steps, self.options.warmup)
+        lr = self.recipe.lr * _schedule(self.done, self.steps, self.options.warmup)
         for settings in self.optimizer.param_groups:
             settings["lr"] = lr
         loss = self._loss(group, at, totals)
@@ -235,7 +238,7 @@ class _Run:
         for members in pack(self.held_out, lengths, self.options.group_tokens)[:_EVAL_GROUPS]:
             group = self._group(members)
             for at in torch.arange(len(group.anchor), device=self.device).split(
-                self.options.batch_size
+                self.recipe.batch_size
             ):
                 self._loss(group, at, totals)
         return totals.take("eval_")
@@ -252,12 +255,6 @@ class _Run:
             cache=self.cache,
         )
 
-    def _draft_vocab_size(self) -> int:
-        wanted = self.options.draft_vocab_size
-        if wanted is None:
-            return vocabulary.default_size(self.target.hidden_size, self.target.vocab_size)
-        return min(wanted, self.target.vocab_size)
-
     def _model(self) -> TrainableDrafter:
         options, target = self.options, self.target
         width = options.exit_dim or target.hidden_size
@@ -270,7 +267,7 @@ class _Run:
             vocab_size=target.vocab_size,
             hidden_size=target.hidden_size,
             exit_dim=width,
-            num_draft_layers=options.blocks,
+            num_draft_layers=self.recipe.blocks,
             rnn=options.rnn,
             draft_vocab_size=self.vocabulary.size,
             shared_head=options.head == "shared",
@@ -333,7 +330,7 @@ class _Run:
         model = self.model.state_dict()
         if self.options.head == "shared":
             # Frozen and large, and the target has it.
-            del model[f"drafter.lm_head.{self.options.blocks}.weight"]
+            del model[f"drafter.lm_head.{self.recipe.blocks}.weight"]
         torch.save(
             {
                 "step": self.done,
