@@ -21,14 +21,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_redrafter.cli.demo import BUNDLED_DRAFTER
 from vllm_redrafter.demo.compare import Settings, describe_machine, engine_arguments
-from vllm_redrafter.demo.engine_process import EngineFailed, EngineProcess, SpecCounters
+from vllm_redrafter.demo.engine_process import (
+    EngineFailed,
+    EngineProcess,
+    Generation,
+    SpecCounters,
+)
 from vllm_redrafter.demo.fetch import FetchError
 from vllm_redrafter.demo.prompts import (
     HUMAN_EVAL_WORDING,
@@ -125,28 +130,29 @@ class Engine:
     def __exit__(self, *exc: Any) -> None:
         self._process.stop()
 
-    def answer(self, prompts: Sequence[list[int]], what: str, **sampling: Any) -> Iterable[Any]:
-        """A ``Generation`` per batch, in the order of the prompts."""
-        for start in range(0, len(prompts), self.batch_size):
-            print(f"{what}: {start} of {len(prompts)}", file=sys.stderr, flush=True)
-            yield self._process.generate(
-                prompts[start : start + self.batch_size], {"temperature": 0.0, **sampling}
-            )
+    def answer(self, prompts: list[list[int]], **sampling: Any) -> Generation:
+        """Answers to one batch."""
+        return self._process.generate(prompts, {"temperature": 0.0, **sampling})
+
+
+def batches(prompts: Sequence[list[int]], size: int, what: str) -> Iterator[list[list[int]]]:
+    """At most ``size`` prompts at a time; says how far it has come."""
+    for start in range(0, len(prompts), size):
+        print(f"{what}: {start} of {len(prompts)}", file=sys.stderr, flush=True)
+        yield list(prompts[start : start + size])
 
 
 def record(asked: Sequence[Question], engine: Engine, max_tokens: int) -> list[Recorded]:
     """Plain vLLM's answers, why they ended, and what would have followed."""
     prompts = [question.token_ids for question in asked]
-    answers, reasons = [], []
-    for batch in engine.answer(prompts, "plain vLLM", max_tokens=max_tokens):
-        answers += batch.token_ids
-        reasons += batch.finish_reasons
-    whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    later = []
-    for batch in engine.answer(
-        whole, "what follows the answers", max_tokens=CONTINUATION, ignore_eos=True
-    ):
-        later += batch.token_ids
+    answers, reasons, later = [], [], []
+    for batch in batches(prompts, engine.batch_size, "plain vLLM"):
+        said = engine.answer(batch, max_tokens=max_tokens)
+        answers += said.token_ids
+        reasons += said.finish_reasons
+        # At once, while the cache still holds these texts.
+        whole = [prompt + answer for prompt, answer in zip(batch, said.token_ids, strict=True)]
+        later += engine.answer(whole, max_tokens=CONTINUATION, ignore_eos=True).token_ids
     return [
         Recorded(question.token_ids, answer, question.category, following, reason)
         for question, answer, following, reason in zip(asked, answers, later, reasons, strict=True)
@@ -213,10 +219,11 @@ def measure(
     total = SpecCounters()
     with Engine(target, speculation, args) as engine:
         prompts = [one.prompt for one in recorded]
-        for batch in engine.answer(prompts, f"W,L,N {setting}", max_tokens=args.max_tokens):
-            counters += batch.request_spec
-            answers += batch.token_ids
-            total += batch.spec
+        for batch in batches(prompts, engine.batch_size, f"W,L,N {setting}"):
+            said = engine.answer(batch, max_tokens=args.max_tokens)
+            counters += said.request_spec
+            answers += said.token_ids
+            total += said.spec
     mine = sum(counters, SpecCounters())
     if (len(counters), mine.drafts, mine.accepted) != (len(recorded), total.drafts, total.accepted):
         raise Failed(

@@ -54,8 +54,10 @@ class FakeEngine:
     counters: list[SpecCounters] = []
     lost = SpecCounters()
 
+    batch_size = 2
+
     def __init__(self, target, speculation, args):
-        self.speculation = speculation
+        self.done = 0
 
     def __enter__(self):
         return self
@@ -63,15 +65,18 @@ class FakeEngine:
     def __exit__(self, *exc):
         pass
 
-    def answer(self, prompts, what, **sampling):
-        for start in range(0, len(prompts), 2):
-            mine = self.counters[start : start + 2]
-            yield SimpleNamespace(
-                token_ids=self.said[start : start + 2],
-                finish_reasons=["stop", "length", "stop"][start : start + 2],
-                request_spec=mine,
-                spec=sum(mine, self.lost),
-            )
+    def answer(self, prompts, **sampling):
+        if sampling.get("ignore_eos"):
+            assert prompts == [[7 + i, *self.said[i]] for i in range(self.done)][-len(prompts) :]
+            return SimpleNamespace(token_ids=[[6] * sampling["max_tokens"]] * len(prompts))
+        mine = slice(self.done, self.done + len(prompts))
+        self.done += len(prompts)
+        return SimpleNamespace(
+            token_ids=self.said[mine],
+            finish_reasons=["stop", "length", "stop"][mine],
+            request_spec=self.counters[mine],
+            spec=sum(self.counters[mine], self.lost),
+        )
 
 
 @pytest.fixture
@@ -138,6 +143,7 @@ def test_a_recording_is_read_back_and_only_for_what_it_was_made(
     got = script.record(asked, fake(None, None, None), 40)
     assert [one.answer for one in got] == [one.answer for one in recorded]
     assert [one.finish_reason for one in got] == ["stop", "length", "stop"]
+    assert all(one.continuation == [6] * script.CONTINUATION for one in got)
     path = tmp_path / "answers.jsonl"
     script.write_recorded(path, recorded, "float32", 40)
     assert script.read_recorded(path, asked, "float32", 40, 50) == recorded
