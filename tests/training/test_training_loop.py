@@ -25,7 +25,7 @@ from vllm_redrafter.training.errors import TrainingError
 from vllm_redrafter.training.model import TrainableDrafter
 from vllm_redrafter.training.options import TrainOptions
 from vllm_redrafter.training.target import Target
-from vllm_redrafter.training.train import train
+from vllm_redrafter.training.train import offset_weights, train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,6 +65,7 @@ SHAPES = {
     "cut": {"draft_vocab_size": 100, "blocks": 0},
     "sum": {"rnn": False, "offsets": 2},
     "bf16": {"bf16": True},
+    "decay": {"offset_decay": 0.5},
 }
 
 
@@ -82,6 +83,25 @@ def test_every_shape_trains_and_loads(tmp_path, target, data, shape):
     assert (result.coverage < 1) == ("draft_vocab_size" in fields)
     assert drafter.config.defaults == ({"draft_length": 2} if shape == "sum" else {})
     assert json.loads((tmp_path / "out" / "config.json").read_text())["target"] == "target"
+
+
+def test_offsets_weigh_less_and_less_and_as_much_in_all():
+    torch.testing.assert_close(offset_weights(3, 0.5), torch.tensor([12.0, 6.0, 3.0]) / 7)
+    assert offset_weights(5, 1.0).tolist() == [1.0] * 5
+
+
+def test_offsets_without_weight_learn_nothing(tmp_path, target, data):
+    """The first offset's weight alone: the recurrent weights, which it does not use, stay."""
+    start = {}
+    for name, decay in (("alone", 1e-12), ("all", 1.0)):
+        fields = {"max_steps": 5, "offsets": 3, "offset_decay": decay}
+        train(options(target, data, tmp_path / name, **fields))
+        start[name] = load_file(tmp_path / name / "model.safetensors")["rnn_u.weight"]
+    fields = {"max_steps": 5, "offsets": 1}
+    train(options(target, data, tmp_path / "one", **fields))
+    one = load_file(tmp_path / "one" / "model.safetensors")["rnn_u.weight"]
+    torch.testing.assert_close(start["alone"], one, atol=1e-4, rtol=0)
+    assert (start["all"] - one).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("width, kind", [(16, "shared"), (16, "own"), (24, "own"), (32, "own")])

@@ -88,6 +88,9 @@ class TrainOptions:
                        choices=("soft", "hard"))  # fmt: skip
     offsets: int = option(5, "drafted tokens to train for, K; loss is the sum over all of them",
                           minimum=1)  # fmt: skip
+    offset_decay: float = option(
+        1.0, "weight of each offset's loss over that of the one before. Below 1 the first drafted "
+        "tokens, on which all others depend, learn more: try 0.7", above=0)  # fmt: skip
     draft_vocab_size: int | None = option(
         None,
         "most frequent tokens that can be drafted; default 8192 (measured), 16384 or 32768 "

@@ -111,6 +111,7 @@ class _Run:
         self.vocabulary = vocabulary.choose(
             self.dataset, self.members, self.recipe.draft_vocab_size, self.target.vocab_size
         )
+        self.offset_weights = offset_weights(options.offsets, options.offset_decay).to(self.device)
         self.head_rows = _to(self.vocabulary.ids, self.device)
         self.row_of = self.vocabulary.rows.to(self.device)
         self.schedule = Schedule(
@@ -205,7 +206,7 @@ class _Run:
         return lr
 
     def _loss(self, group: Group, at: Tensor, totals: _Totals) -> Tensor:
-        """Sum over the offsets of the mean cross-entropy of the anchors ``at``."""
+        """Weighted sum over the offsets of the mean cross-entropy of the anchors ``at``."""
         options = self.options
         tokens, valid = group.tokens[at], group.valid[at]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=options.bf16):
@@ -221,7 +222,8 @@ class _Run:
         else:
             rows = group.teacher_rows(at, options.offsets)
         # Offset by offset, as the features lie.
-        scale = (valid / valid.sum(0).clamp(min=1)).T.flatten().float()
+        share = self.offset_weights / valid.sum(0).clamp(min=1)
+        scale = (valid * share).T.flatten().float()
         loss, per_row, best = linear_cross_entropy(
             features, self.model.head, rows.T.flatten(), scale, group.teacher
         )
@@ -391,6 +393,12 @@ class _Totals:
             f"{prefix}loss": round(float(per_depth.mean()), 5),
             f"{prefix}top1": [round(v, 4) for v in (right / counted.clamp(min=1)).tolist()],
         }
+
+
+def offset_weights(offsets: int, decay: float) -> Tensor:
+    """``[K]`` float32, geometric, with the sum K: the learning rate means the same for all."""
+    weights = decay ** torch.arange(offsets, dtype=torch.float64)
+    return (weights * (offsets / weights.sum())).float()
 
 
 def _schedule(step: int, steps: int, warmup: float) -> float:
