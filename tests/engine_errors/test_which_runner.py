@@ -9,6 +9,7 @@ import pytest
 from vllm_redrafter.engine import checks, compat, engine_args
 from vllm_redrafter.engine.checks import UnsupportedError, check_engine_args
 from vllm_redrafter.engine.engine_args import OPTIONS_KEY, V2_CPU_WORKER_PATH
+from vllm_redrafter.options import ReDrafterOptions
 
 
 @pytest.fixture
@@ -68,49 +69,109 @@ def test_cuda_says_that_it_has_not_run_on_a_gpu(cuda, triton, caplog):
     assert len({r.message for r in caplog.records if "not been run on a GPU" in r.message}) == 1
 
 
+OPTIONS = ReDrafterOptions(model="m", num_speculative_tokens=32)
+
+
 @pytest.fixture
 def rewritten(cuda, triton):
     """EngineArgs, as far as they matter, after the rewriting for a GPU."""
     from vllm.config import CompilationConfig
 
-    from vllm_redrafter.options import ReDrafterOptions
-
-    def rewrite(**compilation):
+    def rewrite(eager=False, sizes=None, **compilation):
         made = SimpleNamespace(
-            additional_config=None, compilation_config=CompilationConfig(**compilation)
+            additional_config=None,
+            compilation_config=CompilationConfig(**compilation),
+            enforce_eager=eager,
+            cudagraph_capture_sizes=sizes,
+            max_cudagraph_capture_size=None,
+            max_num_seqs=None,
+            max_num_batched_tokens=None,
         )
-        engine_args.rewrite(made, ReDrafterOptions(model="m", num_speculative_tokens=3), v2=True)
+        engine_args.rewrite(made, OPTIONS, v2=True)
         return made
 
     return rewrite
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """As if the library had CUDA kernels, or none."""
+
+    def there(yes):
+        monkeypatch.setattr("vllm_redrafter.ops.library.has_kernel", lambda device: yes)
+        monkeypatch.setattr(checks, "has_kernel", lambda device: yes)
+
+    return there
+
+
+def check(made):
+    checks._check_v2(
+        SimpleNamespace(
+            parallel_config=SimpleNamespace(use_ubatching=False),
+            device_config=SimpleNamespace(device_type="cuda"),
+            compilation_config=made.compilation_config,
+        ),
+        OPTIONS,
+    )
 
 
 def test_cuda_gets_the_gpu_worker(rewritten):
     assert rewritten().worker_cls == engine_args.V2_CUDA_WORKER_PATH
 
 
-def test_cuda_gets_no_full_graph(rewritten):
-    """A full graph would replay attention without the trees: silently wrong."""
-    from vllm_redrafter.options import ReDrafterOptions
-
-    options = ReDrafterOptions(model="m", num_speculative_tokens=3)
-
-    def check(made):
-        checks._check_v2(
-            SimpleNamespace(
-                parallel_config=SimpleNamespace(use_ubatching=False),
-                device_config=SimpleNamespace(device_type="cuda"),
-                compilation_config=made.compilation_config,
-            ),
-            options,
-        )
-
+def test_full_graphs_need_cuda_kernels(rewritten, kernels):
+    """The PyTorch twins read the device, which no capture allows."""
+    kernels(False)
     assert rewritten().compilation_config.cudagraph_mode.name == "PIECEWISE"
     check(rewritten())
     check(rewritten(cudagraph_mode="NONE"))
     for mode in ("FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"):
-        with pytest.raises(UnsupportedError, match=f"cudagraph_mode {mode} yet"):
+        with pytest.raises(UnsupportedError, match=f"cudagraph_mode is {mode}, but"):
             check(rewritten(cudagraph_mode=mode))
+
+
+def test_with_cuda_kernels_vllm_chooses_the_graphs(rewritten, kernels):
+    kernels(True)
+    assert rewritten().compilation_config.cudagraph_mode is None
+    for mode in ("NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"):
+        check(rewritten(cudagraph_mode=mode))
+
+
+def test_a_full_graph_of_any_batch_becomes_one_of_trees_of_one_size():
+    """The model state says what it supports, and vLLM turns ``FULL`` into what fits."""
+    from vllm.config import CompilationConfig, CUDAGraphMode
+
+    from vllm_redrafter.engine.v2.model_state import TreeModelState
+
+    support, name = TreeModelState.get_additional_cg_support(None)
+    for wanted in ("FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"):
+        config = CompilationConfig(cudagraph_mode=wanted)
+        got = config.resolve_cudagraph_mode_and_sizes(support, name, 33, use_v2_model_runner=True)
+        assert got.decode_mode() is CUDAGraphMode.FULL
+        assert got.mixed_mode() is not CUDAGraphMode.FULL
+        assert wanted == "FULL" or got.name == wanted
+
+
+def test_graphs_for_more_requests_than_vllms_sizes_hold(rewritten, kernels):
+    kernels(True)
+    sizes = rewritten().cudagraph_capture_sizes
+    assert {33, 66, 33 * 64} <= set(sizes)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"sizes": [7]},
+        {"cudagraph_capture_sizes": [7]},
+        {"max_cudagraph_capture_size": 99},
+        {"eager": True},
+        {"cudagraph_mode": "NONE"},
+    ],
+    ids=str,
+)
+def test_capture_sizes_that_the_user_chose_stay(rewritten, kernels, chosen):
+    kernels(True)
+    assert rewritten(**chosen).cudagraph_capture_sizes == chosen.get("sizes")
 
 
 def test_cuda_needs_v2(cuda):

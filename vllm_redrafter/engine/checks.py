@@ -7,9 +7,12 @@ import logging
 import os
 from typing import Any
 
+import torch
+
 from vllm_redrafter.drafter.checkpoint import check_files
 from vllm_redrafter.drafter.config import DrafterConfig, DrafterError
 from vllm_redrafter.engine.compat import check_hooks, tested_versions, vllm_version
+from vllm_redrafter.ops.library import has_kernel
 from vllm_redrafter.options import OptionError, ReDrafterOptions
 
 logger = logging.getLogger("vllm.vllm_redrafter")
@@ -167,10 +170,11 @@ def _check_v2(config: Any, options: ReDrafterOptions) -> None:
         )
     if config.device_config.device_type != "cpu":
         mode = config.compilation_config.cudagraph_mode
-        if mode.has_full_cudagraphs():
+        if mode.has_full_cudagraphs() and not has_kernel(torch.device("cuda")):
             raise UnsupportedError(
-                f"ReDrafter does not support cudagraph_mode {mode.name} yet, because a full graph "
-                "would attend without the trees; set it to PIECEWISE or leave it out."
+                f"cudagraph_mode is {mode.name}, but vllm-redrafter's compiled operators have no "
+                "CUDA kernels, and what replaces them cannot be captured; build them (see "
+                "`vllm-redrafter doctor`) or set cudagraph_mode to PIECEWISE."
             )
         widest = max(options.beam_width, options.top_k)
         if widest > MOST_BEAMS_ON_CUDA:

@@ -61,6 +61,12 @@ _SHARED = (
             "spec_model",
             "spec_tokens",
             "kv_transfer_config",
+            "compilation_config",
+            "enforce_eager",
+            "cudagraph_capture_sizes",
+            "max_cudagraph_capture_size",
+            "max_num_seqs",
+            "max_num_batched_tokens",
         ),
     ),  # fmt: skip
     Hook(
@@ -244,10 +250,24 @@ _V1 = (
 
 _V2 = (
     Hook("vllm.triton_utils:HAS_TRITON", "whether vLLM would choose Model Runner V2"),
+    Hook("vllm.config:CUDAGraphMode.FULL", "steps whose attention a graph replays"),
+    Hook(
+        "vllm.v1.attention.backend:AttentionCGSupport.UNIFORM_BATCH",
+        "the steps that a full graph may hold",
+    ),
+    Hook(
+        "vllm.config:CompilationConfig",
+        "CUDA graphs, where the user left them to us",
+        fields=(
+            "cudagraph_mode",
+            "cudagraph_capture_sizes",
+            "max_cudagraph_capture_size",
+        ),
+    ),  # fmt: skip
     Hook("vllm.config:VllmConfig.use_v2_model_runner", "which one it did choose"),
     Hook(
         "vllm.config:CUDAGraphMode.PIECEWISE",
-        "the only graphs that trees allow on CUDA so far; full ones are refused",
+        "the graphs that are left where the operators have no CUDA kernels",
     ),
     Hook(
         "vllm.model_executor.models.registry:ModelRegistry.register_model",
@@ -339,8 +359,18 @@ _V2 = (
     Hook(
         "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
         "extended: attaches the trees of the step to the attention metadata",
-        parameters=("input_batch", "cudagraph_mode", "block_tables", "slot_mappings"),
-    ),
+        parameters=(
+            "input_batch",
+            "cudagraph_mode",
+            "block_tables",
+            "slot_mappings",
+            "attn_groups",
+            "kv_cache_config",
+            "for_capture",
+            "ubatch_idx",
+            "model_specific_attn_metadata",
+        ),
+    ),  # fmt: skip
     Hook(
         "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_inputs",
         "extended: positions by depth",
@@ -357,6 +387,20 @@ _V2 = (
         parameters=("sampler",),
     ),
     Hook(
+        "vllm.v1.worker.gpu.model_states.interface:ModelState.get_additional_cg_support",
+        "overridden: a full graph holds steps of trees of one size",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.cudagraph_utils:ModelCudaGraphManager.capture",
+        "captures with what prepare_attn returned for dummy requests of the same size",
+        parameters=("model", "model_state", "input_buffers", "block_tables", "attn_groups"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.dispatch",
+        "full graphs only where every request has the rows of the capture",
+        parameters=("num_reqs", "num_tokens", "uniform_token_count", "max_query_len"),
+    ),
+    Hook(
         "vllm.v1.worker.gpu.model_states.interface:ModelState.initialize_kv_cache",
         "extended: our attention, and what moves KV",
         parameters=("kv_cache_config", "block_tables"),
@@ -371,6 +415,7 @@ _V2 = (
         "the rows of a step",
         fields=(
             "num_reqs",
+            "num_reqs_after_padding",
             "idx_mapping",
             "idx_mapping_np",
             "expanded_idx_mapping",
@@ -380,6 +425,7 @@ _V2 = (
             "num_draft_tokens",
             "num_draft_tokens_per_req",
             "query_start_loc",
+            "query_start_loc_np",
             "seq_lens",
             "num_computed_tokens_np",
             "input_ids",
@@ -444,6 +490,16 @@ _V2 = (
             "logits_mode",
         ),
     ),  # fmt: skip
+    Hook(
+        "vllm.v1.outputs:LogprobsTensors.cat",
+        "logprobs of a step that is sampled in parts",
+        parameters=("tensors", "cu_num_generated_tokens"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.spec_decode.rejection_sampler:get_max_chunk_logits",
+        "how many logits rows vLLM samples at once",
+        parameters=("vocab_size",),
+    ),
     Hook("vllm.config.model:PROCESSED_LOGPROBS_MODES", "which logits logprobs are taken from"),
     Hook("vllm.v1.worker.gpu.metrics.logits:get_num_nans", "as vLLM's samplers", ("logits",)),
     Hook(

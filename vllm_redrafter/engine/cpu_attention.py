@@ -47,9 +47,11 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
             assert attn_metadata is not None
             key_cache, value_cache = split_cache(kv_cache)
             layout = self.redrafter_layout
+            # No rows behind the last tree: the operator's scratch memory grows with them.
+            rows = step.masks.shape[0]
             tree_attention(
-                output.view(output.shape[0], self.num_heads, self.head_size),
-                query,
+                output.view(output.shape[0], self.num_heads, self.head_size)[:rows],
+                query[:rows],
                 key_cache,
                 value_cache,
                 layout.key_map,

@@ -178,12 +178,32 @@ def _rewrite_for_v2(engine_args: Any, options: Any) -> None:
         engine_args.worker_cls = V2_CPU_WORKER_PATH
         return
     engine_args.worker_cls = V2_CUDA_WORKER_PATH
+    _choose_graphs(engine_args, options)
+
+
+def _choose_graphs(engine_args: Any, options: Any) -> None:
+    """CUDA graphs that the user left to us; what the user chose stays."""
+    import torch
     from vllm.config import CUDAGraphMode
 
-    # A full graph would replay attention as it was captured: without the trees. Between piecewise
-    # ones attention runs eagerly. What the user chose is left for the check to refuse.
-    if engine_args.compilation_config.cudagraph_mode is None:
-        engine_args.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    from vllm_redrafter.engine.capture_sizes import capture_sizes
+    from vllm_redrafter.ops.library import has_kernel
+
+    compilation = engine_args.compilation_config
+    if compilation.cudagraph_mode is None and not has_kernel(torch.device("cuda")):
+        # The PyTorch twins read the device, which no capture allows. Between piecewise graphs
+        # attention runs eagerly.
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    if engine_args.enforce_eager or compilation.cudagraph_mode == CUDAGraphMode.NONE:
+        return
+    for chosen in (engine_args, compilation):
+        if chosen.cudagraph_capture_sizes or chosen.max_cudagraph_capture_size is not None:
+            return
+    engine_args.cudagraph_capture_sizes = capture_sizes(
+        lambda running: 1 + options.nodes_for(running),
+        engine_args.max_num_seqs,
+        engine_args.max_num_batched_tokens,
+    )
 
 
 def options_of(vllm_config: Any) -> Any:

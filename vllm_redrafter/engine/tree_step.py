@@ -20,7 +20,8 @@ class TreeStep:
         row_start: int32 ``[R]``, its first query row, the root.
         row_count: int32 ``[R]``, its query rows.
         context_lens: int32 ``[R]``, its cached tokens before the root.
-        masks: int64 ``[T, words]``, which of its request's rows a row sees.
+        masks: int64 ``[T, words]``, which of its request's rows a row sees; T is at least the end
+            of the last covered row and at most the step's rows.
         covers_all: no other rows are in this step, so vLLM's own kernel is not needed.
     """
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """With one thing broken the comparison of the other tests fails; and no step reads the device."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from engine_v1.tiny_target import prompts
@@ -31,15 +34,13 @@ def test_nothing_broken(broken):
 
 def test_mask_off(pair, broken):
     """Every row sees all rows before it, as in a chain."""
-    rows = pair.trees.most_nodes + 1
+    state = pair.trees.state
+    rows, slots = pair.trees.most_nodes + 1, state.trees.masks.shape[0]
     causal = pack_bits(torch.ones(rows, rows, dtype=torch.bool).tril())
-
-    def row_masks(batch):
-        masks = torch.zeros(batch.num_tokens_after_padding, causal.shape[1], dtype=torch.int64)
-        masks[batch.logits_indices] = causal[batch.expanded_local_pos.long()]
-        return masks
-
-    assert not broken(_row_masks=row_masks).equal
+    chains = SimpleNamespace(masks=causal.repeat(slots, 1, 1), alone=state.trees.alone)
+    blind = copy.copy(state.rows)
+    blind.trees = chains
+    assert not broken(rows=blind).equal
 
 
 def test_positions_off(broken):

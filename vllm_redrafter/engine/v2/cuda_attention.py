@@ -44,9 +44,11 @@ class TreeFlashAttentionImpl(FlashAttentionImpl):
             )  # fmt: skip
         if step is not None:
             key_cache, value_cache = split_cache(kv_cache)
+            # No rows behind the last tree: the operator's scratch memory grows with them.
+            rows = step.masks.shape[0]
             tree_attention(
-                output.view(output.shape[0], self.num_heads, self.head_size),
-                query,
+                output.view(output.shape[0], self.num_heads, self.head_size)[:rows],
+                query[:rows],
                 key_cache,
                 value_cache,
                 None,

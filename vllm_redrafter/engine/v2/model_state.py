@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import CUDAGraphMode
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_redrafter.engine.checks import UnsupportedError
@@ -21,6 +23,7 @@ from vllm_redrafter.engine.v2.attention import take_over
 from vllm_redrafter.engine.v2.fallback import shape_of_request
 from vllm_redrafter.engine.v2.sampler import Step, TreeSampler
 from vllm_redrafter.engine.v2.stats import DeviceStats
+from vllm_redrafter.engine.v2.step_rows import StepRows
 from vllm_redrafter.engine.v2.tree_store import TreeStore
 from vllm_redrafter.ops.move_kv import MoveKV
 
@@ -34,17 +37,16 @@ class TreeModelState(DefaultModelState):
         self, vllm_config: Any, model: torch.nn.Module, encoder_cache: Any, device: torch.device
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        nodes = options_of(vllm_config).num_speculative_tokens
+        options = options_of(vllm_config)
+        nodes = options.num_speculative_tokens
         self.trees = TreeStore(self.max_num_reqs, nodes, device)
         self.stats = DeviceStats(nodes, device)
         self.step: Step | None = None
         self.movers: list[MoveKV] = []
         self.tree_sampler: TreeSampler | None = None
+        self.rows = StepRows(self.trees, self.max_num_tokens, options.row_counts(self.max_num_reqs))
         # Of fixed address, so that a CUDA graph can read them.
         self._positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
-        self._masks = torch.zeros(
-            self.max_num_tokens, self.trees.masks.shape[2], dtype=torch.int64, device=device
-        )
         self._slot_mappings: Tensor | None = None
 
     # -- requests --------------------------------------------------------------------------
@@ -65,6 +67,10 @@ class TreeModelState(DefaultModelState):
         self.tree_sampler = TreeSampler(sampler, self.trees, self.stats)
         return sampler, self.tree_sampler
 
+    def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
+        """Full graphs hold trees of one size; vLLM falls back from others, with a warning."""
+        return AttentionCGSupport.UNIFORM_BATCH, "ReDrafter's tree attention"
+
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
         layers = self.vllm_config.compilation_config.static_forward_context
@@ -81,49 +87,48 @@ class TreeModelState(DefaultModelState):
         cudagraph_mode: Any,
         block_tables: tuple[Tensor, ...],
         slot_mappings: Tensor,
-        *args: Any,
-        **kwargs: Any,
+        attn_groups: Any,
+        kv_cache_config: Any,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+        model_specific_attn_metadata: Any = None,
     ) -> dict[str, Any]:
         metadata = super().prepare_attn(
-            input_batch, cudagraph_mode, block_tables, slot_mappings, *args, **kwargs
-        )
+            input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config,
+            for_capture=for_capture, ubatch_idx=ubatch_idx,
+            model_specific_attn_metadata=model_specific_attn_metadata,
+        )  # fmt: skip
         self._slot_mappings = slot_mappings
-        if input_batch.num_draft_tokens:
-            step = self._tree_step(input_batch)
+        step = self._tree_step(input_batch, cudagraph_mode == CUDAGraphMode.FULL, for_capture)
+        if step is not None:
             for layer_metadata in {id(m): m for m in metadata.values()}.values():
                 setattr(layer_metadata, STEP_ATTRIBUTE, step)
         return metadata
 
-    def _tree_step(self, input_batch: Any) -> TreeStep:
-        """Requests whose rows are a root and its nodes; the others are vLLM's to compute.
-
-        A request that is still prefilling may carry placeholder nodes behind several prompt
-        tokens: those are rejected anyway, so its rows are computed as a chain.
-        """
-        starts = input_batch.query_start_loc[: input_batch.num_reqs + 1]
-        rows = starts[1:] - starts[:-1]
-        logits = input_batch.cu_num_logits[1:] - input_batch.cu_num_logits[:-1]
-        count = torch.where(rows == logits, rows, 0)
-        # The host knows the same from the schedule.
+    def _tree_step(self, input_batch: Any, replay: bool, for_capture: bool) -> TreeStep | None:
+        """Which rows hold trees; written where a graph reads it if the step is one's."""
         scheduled = input_batch.num_scheduled_tokens
-        covers_all = bool((scheduled == 1 + input_batch.num_draft_tokens_per_req).all())
-        return TreeStep(
-            request_index=torch.arange(
-                input_batch.num_reqs, dtype=torch.int32, device=starts.device
-            ),
-            row_start=starts[:-1],
-            row_count=count,
-            context_lens=input_batch.seq_lens[: input_batch.num_reqs] - rows,
-            masks=self._row_masks(input_batch),
-            covers_all=covers_all,
+        rows, drafts = int(scheduled[0]), input_batch.num_draft_tokens_per_req
+        uniform = bool((scheduled == rows).all())
+        # A dummy batch has no drafts: it is captured, or keeps other ranks company.
+        if not for_capture:
+            if drafts is None:
+                uniform = uniform and rows == 1
+            else:
+                uniform = uniform and bool((scheduled == 1 + drafts).all())
+        if replay or for_capture:
+            if not uniform:
+                raise RuntimeError(
+                    "vLLM chose a full CUDA graph for a step whose requests are no trees of one "
+                    "size; set cudagraph_mode to PIECEWISE and report this."
+                )
+        elif not input_batch.num_draft_tokens:
+            return None
+        elif not uniform:
+            return self.rows.mixed(input_batch)
+        return self.rows.uniform(
+            input_batch.idx_mapping, input_batch.seq_lens, rows, input_batch.num_reqs_after_padding
         )
-
-    def _row_masks(self, input_batch: Any) -> Tensor:
-        """``[T, words]`` int64: which rows of its request every node sees."""
-        masks = self._masks[: input_batch.num_tokens_after_padding]
-        slots, nodes = input_batch.expanded_idx_mapping, input_batch.expanded_local_pos.long()
-        masks.zero_()
-        return masks.index_copy_(0, input_batch.logits_indices, self.trees.masks[slots, nodes])
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs(input_batch, req_states)
@@ -146,7 +151,7 @@ class TreeModelState(DefaultModelState):
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
-        return {**inputs, "positions": self._positions[:num_tokens]}
+        return {**inputs, "positions": self._positions[:num_tokens].zero_()}
 
     # -- after the forward pass ------------------------------------------------------------
 
