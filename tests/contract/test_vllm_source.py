@@ -128,10 +128,16 @@ def test_every_inherited_attribute_is_in_the_table():
 
 
 def test_every_field_of_a_batch_that_we_read_is_in_the_table():
-    from vllm_redrafter.engine.v2 import model_state, sampler, speculator
+    from vllm_redrafter.engine.v2 import (
+        model_state,
+        sample_rows,
+        sampler,
+        speculator,
+        step_rows,
+    )
 
     (hook,) = [h for h in HOOKS if h.where == "vllm.v1.worker.gpu.input_batch:InputBatch"]
-    for module in (model_state, sampler, speculator):
+    for module in (model_state, sample_rows, sampler, speculator, step_rows):
         read = attributes_read(inspect.getsource(module), "input_batch")
         assert read and read <= set(hook.fields), f"add {sorted(read - set(hook.fields))}"
 

@@ -100,8 +100,13 @@ _SHARED = (
     ),
     Hook(
         "vllm.config:CompilationConfig",
-        "the target's layers by name, and which graphs there will be",
-        attributes=("static_forward_context", "cudagraph_mode"),
+        "the target's layers by name, and which graphs there will be, where it is left to us",
+        attributes=(
+            "static_forward_context",
+            "cudagraph_mode",
+            "cudagraph_capture_sizes",
+            "max_cudagraph_capture_size",
+        ),
     ),
     Hook(
         "vllm.config:ModelConfig",
@@ -117,6 +122,8 @@ _SHARED = (
             "hf_text_config",
             "get_sliding_window",
             "get_vocab_size",
+            "get_head_size",
+            "dtype",
             "get_hidden_size",
             "max_model_len",
             "logits_processors",
@@ -255,15 +262,6 @@ _V2 = (
         "vllm.v1.attention.backend:AttentionCGSupport.UNIFORM_BATCH",
         "the steps that a full graph may hold",
     ),
-    Hook(
-        "vllm.config:CompilationConfig",
-        "CUDA graphs, where the user left them to us",
-        fields=(
-            "cudagraph_mode",
-            "cudagraph_capture_sizes",
-            "max_cudagraph_capture_size",
-        ),
-    ),  # fmt: skip
     Hook("vllm.config:VllmConfig.use_v2_model_runner", "which one it did choose"),
     Hook(
         "vllm.config:CUDAGraphMode.PIECEWISE",
@@ -291,7 +289,7 @@ _V2 = (
         "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator",
         "the base class of our speculator",
         parameters=("vllm_config", "device"),
-        attributes=("vllm_config", "device"),
+        attributes=("vllm_config", "device", "max_num_reqs", "max_num_tokens"),
     ),
     Hook(
         "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.load_draft_model",
@@ -310,12 +308,12 @@ _V2 = (
     ),
     Hook(
         "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.init_cudagraph_manager",
-        "overridden: no graphs yet",
+        "overridden: graphs of the draft",
         parameters=("cudagraph_mode",),
     ),
     Hook(
         "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.capture",
-        "overridden: no graphs yet",
+        "overridden: graphs of the draft",
     ),
     Hook(
         "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.propose",
@@ -396,9 +394,29 @@ _V2 = (
         parameters=("model", "model_state", "input_buffers", "block_tables", "attn_groups"),
     ),
     Hook(
+        "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager",
+        "the base class of what captures drafts",
+        parameters=("vllm_config", "device", "cudagraph_mode", "decode_query_len"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.capture",
+        "called: calls a function that makes the function to capture, for each size",
+        parameters=("create_forward_fn", "progress_bar_desc"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.run_fullgraph",
+        "called: replays a draft",
+        parameters=("desc",),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor",
+        "which graph was found",
+        fields=("cg_mode", "num_reqs"),
+    ),
+    Hook(
         "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.dispatch",
         "full graphs only where every request has the rows of the capture",
-        parameters=("num_reqs", "num_tokens", "uniform_token_count", "max_query_len"),
+        parameters=("num_reqs", "num_tokens", "uniform_token_count", "num_active_loras"),
     ),
     Hook(
         "vllm.v1.worker.gpu.model_states.interface:ModelState.initialize_kv_cache",

@@ -56,10 +56,23 @@ def test_chains_beside_trees(pair):
     }
 
 
-def test_logprobs(pair):
+@pytest.mark.parametrize("most", [None, 33], ids=["at_once", "in_parts"])
+def test_logprobs(pair, monkeypatch, most):
+    """And the same where two requests of 16 rows are sampled at once, not six."""
+    sampler = pair.trees.state.tree_sampler
+    rows, draw = [], sampler.sampler.sample
+
+    def sample(logits, *args, **kwargs):
+        rows.append(logits.shape[0])
+        return draw(logits, *args, **kwargs)
+
+    monkeypatch.setattr(sampler, "max_chunk_rows", most)
+    monkeypatch.setattr(sampler.sampler, "sample", sample)
     run = pair.run(prompts(6), [sampled(i, logprobs=3, temperature=i % 2) for i in range(6)])
     run.assert_equal()
     run.assert_saw_trees(moves=5)
+    assert max(rows) == (96 if most is None else 32)
+    assert pair.trees.stats["steps"] < len(rows)
     for expected, got in zip(run.expected, run.got, strict=True):
         for want, have in zip(expected.outputs[0].logprobs, got.outputs[0].logprobs, strict=True):
             assert list(want) == list(have)
@@ -68,12 +81,14 @@ def test_logprobs(pair):
                 assert have[token].rank == want[token].rank
 
 
-def test_structured_output_beside_trees(pair):
+def test_structured_output_beside_trees(pair, monkeypatch):
     choice = StructuredOutputsParams(regex="[a-d]{12}")
     params = [
         SamplingParams(temperature=0, max_tokens=20, structured_outputs=choice if i % 2 else None)
         for i in range(6)
     ]
+    # Nodes that a grammar did not check are cut with the logits.
+    monkeypatch.setattr(pair.trees.state.tree_sampler, "max_chunk_rows", 33)
     run = pair.run(prompts(6), params)
     run.assert_equal()
     assert pair.trees.stats["fallbacks"] == {"structured output (chain)": 3}
