@@ -6,15 +6,18 @@ See ``emulated_graphs``.
 
 import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from engine_v1.engines import answers
 from engine_v1.tiny_target import prompts
 from vllm import SamplingParams
 from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 
 from engine_v2.own_process.emulated_graphs import Address, EmulatedGraph, GoneError, patch_torch
+from engine_v2.own_process.engines import engine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16)
 SIZES = (1, 2, 4, 8)  # requests
@@ -31,7 +34,8 @@ def captured(monkeypatch):
         compilation = config.compilation_config
         with monkeypatch.context() as patch:
             patch_torch(patch)
-            patch.setattr(compilation, "cudagraph_capture_sizes", [n * rows for n in sizes])
+            all_sizes = [*sizes, *(n * rows for n in sizes)]
+            patch.setattr(compilation, "cudagraph_capture_sizes", all_sizes)
             patch.setattr(compilation, "max_cudagraph_capture_size", sizes[-1] * rows)
             manager = ModelCudaGraphManager(
                 config, runner.device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=rows
@@ -76,6 +80,34 @@ def test_trees_beside_prompts(make_pair, captured):
     outcome.assert_equal()
     outcome.assert_saw_trees(moves=10)
     assert 5 < graphs < pair.trees.stats["steps"] - 2
+
+
+def test_drafts_by_graph(pair, target, taught_drafter, captured, monkeypatch):
+    """The real drafter: as good as without graphs; of no use where a buffer moved."""
+    trees = engine(
+        target, taught_drafter, spec_beam_width=6, spec_draft_length=4,
+        spec_num_speculative_tokens=15,
+    )  # fmt: skip
+    speculator, batch = trees.speculator, prompts(6)
+    pair.plain.reset()
+    expected = answers(pair.plain.generate(batch, GREEDY))
+    with captured(SimpleNamespace(trees=trees)):
+        speculator.init_cudagraph_manager(CUDAGraphMode.FULL_DECODE_ONLY)
+        speculator.capture()
+        graphs = speculator._graphs
+        try:
+            trees.reset()
+            assert answers(trees.generate(batch, GREEDY)) == expected
+            good, replayed = trees.stats, replays(graphs)
+            monkeypatch.setattr(graphs.buffers, "known", graphs.buffers.known.clone())
+            trees.reset()
+            assert answers(trees.generate(batch, GREEDY)) == expected
+            stale = trees.stats
+        finally:
+            speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
+    assert set(replayed) == set(SIZES) and replayed[8] > 2, replayed
+    assert good["acceptance_length"] > 1.5, good
+    assert stale["acceptance_length"] < good["acceptance_length"] - 0.3, stale
 
 
 @pytest.mark.parametrize("what", ["context_lens", "masks"])

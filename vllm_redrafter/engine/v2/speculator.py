@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import CUDAGraphMode
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_redrafter.drafter.checkpoint import load_drafter
@@ -14,9 +17,13 @@ from vllm_redrafter.engine.checks import UnsupportedError
 from vllm_redrafter.engine.engine_args import options_of
 from vllm_redrafter.engine.target_tables import target_tables
 from vllm_redrafter.engine.v2.draft import Draft, make_draft
+from vllm_redrafter.engine.v2.draft_graphs import DraftBuffers, DraftGraphs
+from vllm_redrafter.engine.v2.memory import ExtraMemory, extra_memory, widest_step
 from vllm_redrafter.engine.v2.model_state import TreeModelState
 from vllm_redrafter.ops.build_tree import build_tree
 from vllm_redrafter.tree.tree import Tree
+
+logger = logging.getLogger("vllm.vllm_redrafter")
 
 
 def init_speculator(vllm_config: Any, device: torch.device, req_states: Any) -> ReDrafterSpeculator:
@@ -35,6 +42,15 @@ class ReDrafterSpeculator(DraftModelSpeculator):
         self.draft_attn_layer_names: set[str] = set()
         self.attn_groups: list[Any] = []
         self._draft: Draft | None = None
+        # vLLM drops graph managers that it finds here after it has measured them.
+        self._graphs: DraftGraphs | None = None
+        self._draft_buffers = DraftBuffers(
+            self.max_num_reqs,
+            self.options.num_speculative_tokens,
+            vllm_config.model_config.get_hidden_size(),
+            vllm_config.model_config.dtype,
+            device,
+        )
 
     # -- start-up --------------------------------------------------------------------------
 
@@ -58,6 +74,28 @@ class ReDrafterSpeculator(DraftModelSpeculator):
             self.model, options.beam_width, options.draft_length, options.top_k
         )
         target_model.get_model_state_cls = lambda: TreeModelState
+        self._compute_logits = target_model.compute_logits
+        if self.device.type != "cpu":
+            logger.info("ReDrafter takes %s.", self.extra_memory())
+
+    def extra_memory(self) -> ExtraMemory:
+        """By the formula; a GPU's, also where there is none."""
+        model = self.vllm_config.model_config
+        multiprocessors = 0
+        if self.device.type == "cuda":
+            properties = torch.cuda.get_device_properties(self.device)
+            multiprocessors = properties.multi_processor_count
+        return extra_memory(
+            self.options,
+            self.model.config,
+            max_num_seqs=self.max_num_reqs,
+            max_num_batched_tokens=self.max_num_tokens,
+            vocab_size=model.get_vocab_size(),
+            drafter_bytes=self.model.dtype.itemsize,
+            target_bytes=model.dtype.itemsize,
+            head_dim=model.get_head_size(),
+            multiprocessors=multiprocessors,
+        )
 
     def set_attn(
         self,
@@ -70,10 +108,16 @@ class ReDrafterSpeculator(DraftModelSpeculator):
         self.model_state = model_state
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
-        """Drafts run eagerly for now."""
+        """Drafts get graphs where decode steps of the target have full ones."""
+        self._graphs = None
+        if cudagraph_mode.decode_mode() == CUDAGraphMode.FULL:
+            self._graphs = DraftGraphs(
+                self.vllm_config, self.device, self._draft_and_build, self._draft_buffers
+            )
 
     def capture(self) -> None:
-        """Nothing is captured for now."""
+        if self._graphs is not None:
+            self._graphs.capture_drafts()
 
     # -- every step ------------------------------------------------------------------------
 
@@ -98,6 +142,8 @@ class ReDrafterSpeculator(DraftModelSpeculator):
         num_speculative_tokens: int | None = None,
     ) -> Tensor:
         """``[B, N]`` int64, the tokens of every request's next tree."""
+        if is_profile:
+            self._profile_sampling(last_hidden_states)
         slots = input_batch.idx_mapping
         first = input_batch.cu_num_logits[:-1].long()
         step = None if dummy_run else self.model_state.step
@@ -111,6 +157,19 @@ class ReDrafterSpeculator(DraftModelSpeculator):
             return tree.tokens[:, 1:]
         return self.model_state.trees.put(slots, tree, masks, num_sampled > 0)
 
+    def _profile_sampling(self, hidden_states: Tensor) -> None:
+        """Take the memory that sampling the widest step of trees will take.
+
+        vLLM's profile run samples one row per request. What does not fit fails here, at start-up.
+
+        Args:
+            hidden_states: ``[max_num_batched_tokens, H]``.
+        """
+        rows = widest_step(self.options, self.max_num_reqs, self.max_num_tokens)
+        logits = self._compute_logits(hidden_states[:rows].clone())
+        chunk = min(rows, get_max_chunk_logits(logits.shape[1]))
+        torch.empty(chunk, logits.shape[1], dtype=torch.float32, device=logits.device)
+
     def _draft_trees(self, context: Tensor, known: Tensor, input_batch: Any) -> tuple[Tree, Tensor]:
         """Trees of N + 1 columns and their masks; tests put an oracle here.
 
@@ -118,6 +177,11 @@ class ReDrafterSpeculator(DraftModelSpeculator):
             context: ``[B, H]``.
             known: ``[B]`` int64; means nothing for requests that have no known token yet.
         """
+        if self._graphs is not None:
+            return self._graphs(context, known)
+        return self._draft_and_build(context, known)
+
+    def _draft_and_build(self, context: Tensor, known: Tensor) -> tuple[Tree, Tensor]:
         assert self._draft is not None
         nodes = self.options.num_speculative_tokens
         return build_tree(self._draft(context, known), self.options.tree, nodes, fixed_size=True)

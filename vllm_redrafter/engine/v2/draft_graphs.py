@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA graphs of the draft and of the trees from it, one per number of requests.
+
+A draft is dozens of small kernels, which cost more to launch than to run; a graph launches them at
+once. vLLM's manager captures and measures it with the target's. Not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+from vllm_redrafter.tree.tree import MASK_WORD_BITS, Tree
+
+# (context [B, H], known tokens [B] int64) -> trees of N + 1 columns, and their masks.
+DraftTrees = Callable[[Tensor, Tensor], tuple[Tree, Tensor]]
+
+
+class DraftBuffers:
+    """What every graph of a draft reads and writes, for R requests.
+
+    Args:
+        slots: R.
+        nodes: N.
+        hidden_size: H.
+        dtype: of the target's hidden states.
+        device: where.
+    """
+
+    def __init__(
+        self, slots: int, nodes: int, hidden_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        columns = nodes + 1
+        self.context = torch.zeros(slots, hidden_size, dtype=dtype, device=device)
+        self.known, self.num_nodes = torch.zeros(2, slots, dtype=torch.int64, device=device)
+        self.tokens, self.parents, self.depths = torch.zeros(
+            3, slots, columns, dtype=torch.int64, device=device
+        )
+        words = -(-columns // MASK_WORD_BITS)
+        self.masks = torch.zeros(slots, columns, words, dtype=torch.int64, device=device)
+
+    def run(self, draft: DraftTrees, requests: int) -> None:
+        """Draft for the first requests: from buffers, to buffers."""
+        tree, masks = draft(self.context[:requests], self.known[:requests])
+        for name in ("tokens", "parents", "depths", "num_nodes"):
+            getattr(self, name)[:requests].copy_(getattr(tree, name))
+        self.masks[:requests].copy_(masks)
+
+    def result(self, requests: int) -> tuple[Tree, Tensor]:
+        """What is valid until the next draft."""
+        tree = Tree(
+            tokens=self.tokens[:requests],
+            parents=self.parents[:requests],
+            depths=self.depths[:requests],
+            num_nodes=self.num_nodes[:requests],
+        )
+        return tree, self.masks[:requests]
+
+
+class DraftGraphs(CudaGraphManager):
+    """Drafts by graph where one was captured, else by ``draft`` itself.
+
+    Args:
+        vllm_config: vLLM's.
+        device: where.
+        draft: allocates nothing that outlives it and reads nothing back.
+        buffers: for vLLM's ``max_num_seqs`` requests.
+    """
+
+    def __init__(
+        self, vllm_config: Any, device: torch.device, draft: DraftTrees, buffers: DraftBuffers
+    ) -> None:
+        # A request is one row here.
+        super().__init__(vllm_config, device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=1)
+        self.draft = draft
+        self.buffers = buffers
+
+    def capture_drafts(self) -> None:
+        """Capture all sizes, after a warm-up each."""
+
+        def create_forward_fn(desc: Any, warmup: bool) -> Callable[[Any], None]:
+            return lambda mode: self.buffers.run(self.draft, desc.num_reqs)
+
+        self.capture(create_forward_fn, "Capturing ReDrafter's draft")
+
+    def __call__(self, context: Tensor, known: Tensor) -> tuple[Tree, Tensor]:
+        """As ``draft``; a result is overwritten by the next call.
+
+        Args:
+            context: ``[B, H]``.
+            known: ``[B]`` int64.
+        """
+        requests = known.shape[0]
+        desc = self.dispatch(requests, requests, uniform_token_count=1, num_active_loras=0)
+        if desc.cg_mode != CUDAGraphMode.FULL:
+            return self.draft(context, known)
+        # Requests that fill up the graph's number keep what earlier ones left: nobody looks.
+        self.buffers.context[:requests].copy_(context)
+        self.buffers.known[:requests].copy_(known)
+        self.run_fullgraph(desc)
+        return self.buffers.result(requests)
