@@ -478,6 +478,7 @@ def evaluate(options: EvalOptions, progress: Progress = lambda done, total: None
         "target": target.name,
         "drafter": Path(options.drafter).resolve().name,
         "dtype": str(target.head.dtype).removeprefix("torch."),
+        "drafter_dtype": str(drafter.dtype).removeprefix("torch."),
         "tree": options.tree,
         "top_k": drafter.config.defaults.get("top_k", 0),
         "agreement": agreement,
@@ -586,8 +587,9 @@ def markdown(report: dict[str, Any], picture: bool) -> str:
     lines = [
         f"# {report['drafter']} for {report['target']}", "",
         f"Offline replay of recorded greedy answers: trees by the rule `{report['tree']}`, "
-        f"{report['dtype']}, top_k {report['top_k']}. {report['agreement']:.1%} of the tokens are "
-        "the target's first choice as computed here.", "",
+        f"the target in {report['dtype']}, the drafter in {report['drafter_dtype']}, top_k "
+        f"{report['top_k']}. {report['agreement']:.1%} of the tokens are the target's first choice "
+        "as computed here.", "",
         *[f"**Warning:** {text}\n" for text in report["warnings"]],
         report["recommendation"]["why"], "",
         "## Acceptance length", "",

@@ -188,7 +188,8 @@ class EvalOptions:
         '{"plain_ms": x, "draft_ms": x or {"W,L": x, ...}, "rows_ms": {"1": x, "4": x, ...}}; '
         "without it no setting is recommended")  # fmt: skip
     target_dtype: str = option(
-        "auto", "type in which target and drafter compute; best the one they are served in",
+        "auto", "type in which the target computes; best the one it is served in. The drafter "
+        "computes in the type in which it is stored, as in vLLM",
         choices=("auto", "bfloat16", "float16", "float32"))  # fmt: skip
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     group_tokens: int = option(8192, "tokens of text whose hidden states are in memory at once",
