@@ -11,9 +11,12 @@ from typing import Any
 HEADER = (
     "Synthetic acceptance, dummy weights: the whole real pipeline, but which drafted nodes are "
     "accepted is drawn from given rates. Break-even is the number of accepted nodes per step "
-    "above which drafting pays, step / plain step - 1; it needs no assumption about acceptance."
+    "above which drafting pays, step / plain step - 1; it needs no assumption about acceptance. "
+    "Sampling, and so the step, contains the synthetic decision, one kernel, which real acceptance "
+    "does without."
 )
 MODES = ("plain", "chain", "tree")
+COLUMNS = ("verify", "sample", "decision", "move", "draft", "rest")
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,21 @@ def shape_lines(result: dict[str, Any]) -> list[str]:
                 continue
             pays = f"{break_even(row, plain):.2f}" if plain and mode != "plain" else ""
             low, high = row["quartiles"]
-            parts = [f"{row[name]:.3f}" for name in ("verify", "sample", "move", "draft", "rest")]
+            parts = [f"{row[name]:.3f}" for name in COLUMNS]
             accepted = f"{row['accepted']:.2f}" if "accepted" in row else ""
             moves = f"{row['moves_per_step']:.1f}" if "accepted" in row else ""
             step = f"{row['step']:.3f} ({low:.3f} to {high:.3f})"
             rows.append([str(batch), str(context), mode, step, *parts, pays, accepted, moves])
     header = ["batch", "context", "mode", "ms a step (quartiles)", "verify", "sample + accept"]
-    header += ["move", "draft", "rest", "**break-even**", "accepted", "rows moved a step"]
+    header += [
+        "(decision)",
+        "move",
+        "draft",
+        "rest",
+        "**break-even**",
+        "accepted",
+        "rows moved a step",
+    ]
     lines = [HEADER, "", *table(header, rows)]
     lines += [
         f"Not run: {row['mode']}, batch {row['batch']}: {row['not_run']}"
@@ -188,17 +199,32 @@ def plot(path: Path, results: dict[str, Any]) -> str:
     shapes = [name for name in ("llama-7b", "llama-3-8b") if points(results.get(name))]
     if not shapes:
         return "no picture: no shape was measured"
+    colours = dict(zip(MODES, ("tab:gray", "tab:orange", "tab:blue"), strict=True))
     figure, axes = pyplot.subplots(2, len(shapes), squeeze=False, figsize=(5 * len(shapes), 7))
     for column, name in enumerate(shapes):
         above, below = axes[0][column], axes[1][column]
         found = sorted(points(results[name]).items())
         for mode in MODES:
             have = [(b, m[mode], m.get("plain")) for (b, _), m in found if mode in m]
-            above.plot([b for b, *_ in have], [row["step"] for _, row, _ in have], "o-", label=mode)
+            above.plot(
+                [b for b, *_ in have],
+                [row["step"] for _, row, _ in have],
+                "o-",
+                label=mode,
+                color=colours[mode],
+            )
             if mode != "plain":
                 pays = [(b, break_even(row, plain)) for b, row, plain in have if plain]
-                below.plot([b for b, _ in pays], [value for _, value in pays], "o-", label=mode)
-        above.set(title=f"{name}, dummy weights", ylabel="ms a step", xlabel="batch")
+                below.plot(
+                    [b for b, _ in pays],
+                    [value for _, value in pays],
+                    "o-",
+                    label=mode,
+                    color=colours[mode],
+                )
+        above.set(
+            title=f"{name}, dummy weights", ylabel="ms a step", xlabel="batch", ylim=(0, None)
+        )
         below.set(ylabel="break-even: accepted nodes a step", xlabel="batch", ylim=(0, None))
         for axis in (above, below):
             axis.legend()

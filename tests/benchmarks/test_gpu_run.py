@@ -107,6 +107,19 @@ def test_a_stage_that_hangs_is_killed_and_other_results_stay(modules, tmp_path, 
     assert stage["status"] == "failed" and stage["why"].startswith("cut short after 1 s")
 
 
+@pytest.mark.parametrize("device, rehearse", [("", []), ("", ["--rehearse"]), ("H100", [])])
+def test_a_gpu_is_required_without_rehearsal(modules, tmp_path, monkeypatch, device, rehearse):
+    run, _ = modules
+    said = subprocess.CompletedProcess([], 0, json.dumps({"device": device}), "")
+    monkeypatch.setattr(run.subprocess, "run", lambda *args, **kwargs: said)
+    args = run.parse(["--out", str(tmp_path), *rehearse])
+    if device or rehearse:
+        assert run.describe(args, {})["device"] == (device or "CPU (rehearsal)")
+    else:
+        with pytest.raises(SystemExit, match="--rehearse runs tiny models on the CPU"):
+            run.describe(args, {})
+
+
 def test_other_versions_make_old_results_void(modules, tmp_path):
     run, _ = modules
     here = {"device": "one", "vllm": "0.33.0"}
