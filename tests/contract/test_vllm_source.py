@@ -151,7 +151,7 @@ def test_the_text_says_what_python_says(hook, installed):
     entry, found = installed.describe(hook), compat.resolve(hook.where)
     assert isinstance(entry, dict), entry
     if inspect.isfunction(found):
-        names = [p.strip("*=") for p in entry["parameters"].split(", ") if p != "*"]
+        names = [p.strip("*=") for p in entry["parameters"].split(", ") if p not in ("", "*")]
         assert names == list(inspect.signature(found).parameters)
     elif inspect.isclass(found) and hook.fields:
         declared = {

@@ -20,14 +20,33 @@ def message(engine_config):
     return refused
 
 
-def test_pipeline_parallel(message):
-    text = message(pipeline_parallel_size=2)
-    assert "pipeline parallelism (pipeline_parallel_size=2); set it to 1" in text
+@pytest.mark.parametrize(
+    "field, feature",
+    [
+        ("pipeline_parallel_size", "pipeline parallelism"),
+        ("decode_context_parallel_size", "decode context parallelism"),
+        ("prefill_context_parallel_size", "prefill context parallelism"),
+    ],
+)
+def test_parallel_sizes(message, field, feature):
+    text = message(tensor_parallel_size=2, **{field: 2})
+    assert f"does not support {feature} ({field}=2); set it to 1" in text
 
 
-def test_tensor_parallel(message):
-    text = message(tensor_parallel_size=2)
-    assert "tensor parallelism yet (tensor_parallel_size=2); set it to 1" in text
+@pytest.mark.parametrize(
+    "field, feature",
+    [
+        ("enable_expert_parallel", "expert parallelism"),
+        ("enable_batch_sharded_sampling", "sampling that is shared out among ranks"),
+    ],
+)
+def test_parallel_modes(message, field, feature):
+    text = message(tensor_parallel_size=2, **{field: True})
+    assert f"does not support {feature}; leave {field} off" in text
+
+
+def test_tensor_parallel_is_no_obstacle(engine_config):
+    assert engine_config(tensor_parallel_size=2).parallel_config.world_size == 2
 
 
 @pytest.mark.parametrize("as_object", [True, False])

@@ -37,6 +37,13 @@ def test_v2_where_vllm_would_run_it(engine_config, triton, drafter):
     assert spec.draft_sample_method == "greedy"
 
 
+def test_tensor_parallel_on_v2(engine_config, triton):
+    """The drafter is whole on every rank; vLLM must not want to divide its description."""
+    config = engine_config(tensor_parallel_size=2)
+    assert config.use_v2_model_runner
+    assert config.speculative_config.draft_parallel_config.tensor_parallel_size == 1
+
+
 def test_a_schedule_by_batch_size_is_handed_to_vllm(engine_config, triton):
     schedule = [[1, 2, 9], [3, 8, 2]]
     config = engine_config(options={"num_speculative_tokens_per_batch_size": schedule})
@@ -58,7 +65,15 @@ def cuda(monkeypatch):
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
 
 
-ARGS = SimpleNamespace(worker_cls="auto")  # what the check reads of EngineArgs
+# What the check reads of EngineArgs.
+ARGS = SimpleNamespace(
+    worker_cls="auto",
+    pipeline_parallel_size=1,
+    decode_context_parallel_size=1,
+    prefill_context_parallel_size=1,
+    enable_expert_parallel=False,
+    enable_batch_sharded_sampling=None,
+)
 
 
 def test_cuda_says_that_it_has_not_run_on_a_gpu(cuda, triton, caplog):

@@ -66,7 +66,28 @@ def check_engine_args(engine_args: Any) -> bool:
             f"ReDrafter brings its own worker and cannot use worker_cls '{worker}'; leave "
             "worker_cls at 'auto'."
         )
+    _check_parallel(engine_args)
     return v2
+
+
+def _check_parallel(engine_args: Any) -> None:
+    for field, what in (
+        ("pipeline_parallel_size", "pipeline parallelism"),
+        ("decode_context_parallel_size", "decode context parallelism"),
+        ("prefill_context_parallel_size", "prefill context parallelism"),
+    ):
+        size = getattr(engine_args, field)
+        if size > 1:
+            raise UnsupportedError(
+                f"ReDrafter does not support {what} ({field}={size}); set it to 1."
+            )
+    for field, what in (
+        ("enable_expert_parallel", "expert parallelism"),
+        # A rank would then have the logits of some requests only, and walk no tree of the others.
+        ("enable_batch_sharded_sampling", "sampling that is shared out among ranks"),
+    ):
+        if getattr(engine_args, field):
+            raise UnsupportedError(f"ReDrafter does not support {what}; leave {field} off.")
 
 
 def wants_v2() -> bool:
@@ -113,21 +134,11 @@ def check_engine_config(
         DrafterError: a drafter that does not belong to this target.
         OptionError: options that the engine's limits do not allow.
     """
-    parallel, model = config.parallel_config, config.model_config
+    model = config.model_config
     if config.use_v2_model_runner != v2:
         raise UnsupportedError(
             "vLLM chose another model runner than the one that ReDrafter was prepared for; set "
             f"VLLM_USE_V2_MODEL_RUNNER={int(config.use_v2_model_runner)}."
-        )
-    if parallel.pipeline_parallel_size > 1:
-        raise UnsupportedError(
-            f"ReDrafter does not support pipeline parallelism "
-            f"(pipeline_parallel_size={parallel.pipeline_parallel_size}); set it to 1."
-        )
-    if parallel.tensor_parallel_size > 1:
-        raise UnsupportedError(
-            f"ReDrafter does not support tensor parallelism yet "
-            f"(tensor_parallel_size={parallel.tensor_parallel_size}); set it to 1."
         )
     if config.kv_transfer_config is not None:
         raise UnsupportedError(

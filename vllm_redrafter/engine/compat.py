@@ -67,6 +67,11 @@ _SHARED = (
             "max_cudagraph_capture_size",
             "max_num_seqs",
             "max_num_batched_tokens",
+            "pipeline_parallel_size",
+            "decode_context_parallel_size",
+            "prefill_context_parallel_size",
+            "enable_expert_parallel",
+            "enable_batch_sharded_sampling",
         ),
     ),  # fmt: skip
     Hook(
@@ -76,6 +81,37 @@ _SHARED = (
     Hook(
         "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead",
         "finds the target's output head",
+    ),
+    Hook(
+        "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbeddingShardIndices",
+        "which rows of a table a rank holds",
+        fields=("org_vocab_start_index", "org_vocab_end_index"),
+    ),
+    Hook(
+        "vllm.model_executor.layers.vocab_parallel_embedding:"
+        "VocabParallelEmbeddingShardIndices.num_org_elements_padded",
+        "a rank's rows with their padding",
+    ),
+    Hook("vllm.distributed.parallel_state:get_tp_group", "the ranks that share a target"),
+    Hook(
+        "vllm.distributed.parallel_state:GroupCoordinator.all_gather",
+        "the whole embedding on every rank",
+        parameters=("input_", "dim"),
+    ),
+    Hook(
+        "vllm.distributed.parallel_state:GroupCoordinator.all_reduce",
+        "rows of a head that is shared with the target",
+        parameters=("input_",),
+    ),
+    Hook(
+        "vllm.distributed.parallel_state:GroupCoordinator.broadcast_object",
+        "the first rank's trees on Model Runner V1",
+        parameters=("obj",),
+    ),
+    Hook(
+        "vllm.distributed.parallel_state:GroupCoordinator.broadcast",
+        "the first rank's trees on Model Runner V2",
+        parameters=("input_",),
     ),
     Hook("vllm.platforms:current_platform.is_cpu", "refuses other platforms"),
     Hook(

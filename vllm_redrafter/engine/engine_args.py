@@ -168,6 +168,8 @@ def _rewrite_for_v2(engine_args: Any, options: Any) -> None:
         "num_speculative_tokens": options.num_speculative_tokens,
         # The other choice would keep logits of every draft.
         "draft_sample_method": "greedy",
+        # Every rank of a tensor-parallel target has the whole drafter.
+        "draft_tensor_parallel_size": 1,
     }
     if options.num_speculative_tokens_per_batch_size:
         engine_args.speculative_config[SCHEDULE] = [

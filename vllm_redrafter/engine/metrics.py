@@ -28,6 +28,7 @@ class ReDrafterStats:
         nodes: drafted nodes verified, roots not counted.
         accepted_by_depth: how often a node of depth d + 1 was accepted.
         moves: KV rows moved because the accepted path was not the first chain.
+        replaced: trees of this tensor-parallel rank that were not the first rank's.
         fallbacks: requests' drafts given up or cut to a chain, by reason.
         seconds: wall time inside our code, by part (draft, tree, walk, move, prepare).
     """
@@ -37,6 +38,7 @@ class ReDrafterStats:
     nodes: int = 0
     accepted_by_depth: Counter[int] = field(default_factory=Counter)
     moves: int = 0
+    replaced: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
 
@@ -76,6 +78,7 @@ class ReDrafterStats:
             "acceptance_length": 1 + sum(accepted) / drafts,
             "accepted_by_depth": [count / drafts for count in accepted],
             "moves": self.moves,
+            "replaced": self.replaced,
             "fallbacks": dict(self.fallbacks),
             "seconds": dict(self.seconds),
         }

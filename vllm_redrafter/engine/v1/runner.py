@@ -18,6 +18,7 @@ from vllm.v1.outputs import SamplerOutput
 
 from vllm_redrafter.engine.cpu_attention import take_over
 from vllm_redrafter.engine.engine_args import options_of
+from vllm_redrafter.engine.first_rank import first_ranks_object, several_ranks
 from vllm_redrafter.engine.metrics import ReDrafterStats
 from vllm_redrafter.engine.tree_step import STEP_ATTRIBUTE, TreeStep
 from vllm_redrafter.engine.v1.request_tree import RequestTree, chain, chain_masks, mask_words
@@ -77,6 +78,7 @@ class TreeRunnerMixin:
         self._max_rows = 1 + self.num_spec_tokens
         self._chain_masks = torch.from_numpy(chain_masks(self._max_rows))
         self._movers: list[MoveKV] = []
+        self._several_ranks = several_ranks()
 
     # -- start-up --------------------------------------------------------------------------
 
@@ -282,6 +284,8 @@ class TreeRunnerMixin:
         if not drafting or not most_nodes:
             return drafts
         trees = self._draft_trees(drafting, sample_hidden_states[rows], known)
+        if self._several_ranks:
+            trees = self._first_ranks_trees(trees)
         for i, tree in zip(drafting, trees, strict=True):
             if self.requests[req_ids[i]].sampling_params.structured_outputs is not None:
                 # A grammar advances along one sequence of tokens.
@@ -300,6 +304,15 @@ class TreeRunnerMixin:
             beams = self.drafter.draft(context, known)
         with self.redrafter_stats.timed("tree"):
             return self.drafter.trees(beams)
+
+    def _first_ranks_trees(self, trees: list[RequestTree]) -> list[RequestTree]:
+        with self.redrafter_stats.timed("agree"):
+            agreed = first_ranks_object(trees)
+        self.redrafter_stats.replaced += sum(
+            own.tokens != other.tokens or own.parents != other.parents
+            for own, other in zip(trees, agreed, strict=True)
+        )
+        return agreed
 
     def _may_draft(self, req_id: str) -> bool:
         """False for requests that end with the next token, or for which drafting is unproven."""

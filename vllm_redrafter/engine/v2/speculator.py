@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm_redrafter.drafter.checkpoint import load_drafter
 from vllm_redrafter.engine.checks import UnsupportedError
 from vllm_redrafter.engine.engine_args import options_of
+from vllm_redrafter.engine.first_rank import differ, first_ranks_trees, several_ranks
 from vllm_redrafter.engine.target_tables import target_tables
 from vllm_redrafter.engine.v2.draft import Draft, make_draft
 from vllm_redrafter.engine.v2.draft_graphs import DraftBuffers, DraftGraphs
@@ -51,6 +52,7 @@ class ReDrafterSpeculator(DraftModelSpeculator):
             vllm_config.model_config.dtype,
             device,
         )
+        self._several_ranks = several_ranks()
 
     # -- start-up --------------------------------------------------------------------------
 
@@ -155,7 +157,12 @@ class ReDrafterSpeculator(DraftModelSpeculator):
         tree, masks = self._draft_trees(context, known, input_batch)
         if dummy_run:
             return tree.tokens[:, 1:]
-        return self.model_state.trees.put(slots, tree, masks, num_sampled > 0)
+        drafts = num_sampled > 0
+        if self._several_ranks:
+            own = tree
+            tree, masks = first_ranks_trees(tree, masks)
+            self.model_state.stats.observe_replaced(differ(own, tree) & drafts)
+        return self.model_state.trees.put(slots, tree, masks, drafts)
 
     def _profile_sampling(self, hidden_states: Tensor) -> None:
         """Take the memory that sampling the widest step of trees will take.

@@ -18,6 +18,7 @@ class DeviceStats:
         accepted: ``[N + 1]`` int64, how many drafts had that many nodes accepted.
         nodes: ``[1]`` int64, drafted nodes verified.
         moves: ``[1]`` int64, KV rows moved.
+        replaced: ``[1]`` int64, trees that were not the first tensor-parallel rank's.
         host: what the host knows anyway: steps, and requests that fell back.
     """
 
@@ -25,6 +26,7 @@ class DeviceStats:
         self.accepted = torch.zeros(nodes + 1, dtype=torch.int64, device=device)
         self.nodes = torch.zeros(1, dtype=torch.int64, device=device)
         self.moves = torch.zeros(1, dtype=torch.int64, device=device)
+        self.replaced = torch.zeros(1, dtype=torch.int64, device=device)
         self.host = ReDrafterStats()
 
     def observe(self, drafted: Tensor, num_nodes: Tensor, num_accepted: Tensor) -> None:
@@ -43,6 +45,10 @@ class DeviceStats:
         """``moved``: bool of any shape, one entry per row that may have moved."""
         self.moves += moved.sum()
 
+    def observe_replaced(self, replaced: Tensor) -> None:
+        """``replaced``: ``[B]`` bool."""
+        self.replaced += replaced.sum()
+
     def summary(self) -> dict[str, Any]:
         """As ``ReDrafterStats.summary``; reads the device."""
         out, histogram = ReDrafterStats(), self.accepted.tolist()
@@ -50,6 +56,7 @@ class DeviceStats:
         out.drafts = sum(histogram)
         out.nodes = int(self.nodes)
         out.moves = int(self.moves)
+        out.replaced = int(self.replaced)
         for length, count in enumerate(histogram):
             for depth in range(length if count else 0):
                 out.accepted_by_depth[depth] += count
