@@ -149,8 +149,7 @@ class _Run:
         log = None
         if self.rank == 0:
             make_directory(self.aside)
-            write_json(self.aside / "options.json", {**decisive(options), **asdict(self.recipe),
-                        "world": self.world})  # fmt: skip
+            write_json(self.aside / "options.json", self._deciding())
             log = Log(self.aside, self.done, options.tensorboard)
         last: dict[str, Any] = {}
         group, loaded = None, None
@@ -306,7 +305,10 @@ class _Run:
             raise TrainingError(
                 f"'{path}' cannot be read ({type(error).__name__}); remove it to start anew."
             ) from error
-        now = {**decisive(self.options), "world": self.world}
+        return saved
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        now = self._deciding()
         for name, before in saved["options"].items():
             # Directories may have moved; what is in them is compared by other means.
             if name not in ("target", "data", "out") and now.get(name) != before:
@@ -314,9 +316,6 @@ class _Run:
                     f"the run in '{self.out}' had {name} {before!r}, now it is {now.get(name)!r}; "
                     "resume with the same options, or give another --out."
                 )
-        return saved
-
-    def _restore(self, saved: dict[str, Any]) -> None:
         if saved["members"] != self._fingerprint():
             raise TrainingError(
                 f"the run in '{self.out}' was on other data; resume with the same --data, or give "
@@ -336,7 +335,7 @@ class _Run:
         torch.save(
             {
                 "step": self.done,
-                "options": {**decisive(self.options), "world": self.world},
+                "options": self._deciding(),
                 "members": self._fingerprint(),
                 "model": model,
                 "optimizer": self.optimizer.state_dict(),
@@ -345,6 +344,10 @@ class _Run:
             buffer,
         )
         write_atomic(self.aside / CHECKPOINT, buffer.getvalue())
+
+    def _deciding(self) -> dict[str, Any]:
+        """Options that decide what comes out, with the recipe's values for those not given."""
+        return {**decisive(self.options), **asdict(self.recipe), "world": self.world}
 
     def _fingerprint(self) -> list[int]:
         return [len(self.dataset), sum(map(len, self.dataset.tokens)), self.vocabulary.size]
