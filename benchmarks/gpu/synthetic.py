@@ -168,11 +168,9 @@ class SyntheticAcceptance:
         """Put this between the sampler and the walk of one engine; ``clock`` times it apart."""
         walk = sampler._walk
 
-        def decided(
-            _: Any, drawn: Tensor, tokens: Tensor, input_batch: Any, invalid_drafts: Tensor | None
-        ) -> Any:
+        def decided(_: Any, drawn: Tensor, rows: Any) -> Any:
             with clock.span("decision"):
-                self.decide(drawn, tokens, input_batch.cu_num_logits, input_batch.idx_mapping)
-            return walk(drawn, tokens, input_batch, invalid_drafts)
+                self.decide(drawn, rows.tokens, rows.ends, rows.slots)
+            return walk(drawn, rows)
 
         sampler._walk = types.MethodType(decided, sampler)
