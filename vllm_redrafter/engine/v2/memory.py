@@ -107,7 +107,7 @@ def _buffers(options: ReDrafterOptions, slots: int, max_rows: int) -> int:
     # Known token and node count, tokens, parents, depths and masks, for graphs of the draft.
     draft = slots * (2 + rows * (3 + words)) * 8
     step = slots * (2 + 2 * len(options.row_counts(slots))) * 4 + max_rows * words * 8
-    stats = (rows + 2) * 8
+    stats = (rows + 3) * 8
     positions = max_rows * 8
     # Of vLLM's class for draft models, which ours extends.
     vllm_inputs = max_rows * (4 + 8 + 1) + (3 * slots + 1) * 4
