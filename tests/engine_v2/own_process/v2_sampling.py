@@ -28,7 +28,7 @@ def test_top_k_top_p_and_temperatures(pair):
     kinds = [
         {"top_p": 0.8},
         {"top_k": 5},
-        {"temperature": 0.6, "top_p": 0.9},
+        {"temperature": 0.6, "top_p": 0.9, "top_k": 20},
         {"temperature": 1.7},
     ]
     run = pair.run(prompts(8), [sampled(i, **kinds[i % 4]) for i in range(8)])

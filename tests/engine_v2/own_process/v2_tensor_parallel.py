@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two ranks share the target on Model Runner V2: one first rank's tree, one output."""
 
+import importlib
 import types
 
 import pytest
@@ -15,6 +16,11 @@ from vllm_redrafter.engine.v2.stats import DeviceStats
 
 NODES = 10
 KINDS = [{"temperature": 0}, {"temperature": 1.0, "seed": 1, "top_p": 0.9, "top_k": 40}]
+
+
+def prepare(worker):
+    """In every worker: what the interpreter needs there too."""
+    importlib.import_module("engine_v2.own_process.fixtures")
 
 
 def reset(worker, oracles, agree):
@@ -36,6 +42,7 @@ def test_two_ranks(target, drafter):
     params = [SamplingParams(max_tokens=12, **KINDS[i % 2]) for i in range(4)]
     settings = {"max_num_batched_tokens": 256, "kv_cache_memory_bytes": 16 << 20}
     plain = RankedEngine(target, **settings)
+    plain.each_rank(prepare)
     expected = plain.generate(batch, params)
     plain.shutdown()
 
@@ -43,6 +50,8 @@ def test_two_ranks(target, drafter):
         target, drafter, **settings,
         spec={"num_speculative_tokens": NODES, "beam_width": 4, "draft_length": 4},
     )  # fmt: skip
+
+    trees.each_rank(prepare)
 
     def run(seeds, agree):
         oracles = [V2Oracle(expected, NODES, range(EOS), seed=seed) for seed in seeds]
