@@ -4,29 +4,23 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from benchmark_scripts import load_script
 
 from vllm_redrafter.demo.engine_process import SpecCounters, _request_counters
 from vllm_redrafter.training.answers import Recorded
 from vllm_redrafter.training.evaluate import Setting
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "acceptance.py"
 LOOP = [1, 2, 3, 4] * 10
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("acceptance_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("acceptance.py", "acceptance_benchmark")
 
 
 @pytest.fixture

@@ -143,16 +143,21 @@ def test_counting_by_hand():
     assert subject.steps_of([], []) == Counts()
 
 
-def test_nothing_is_accepted_behind_the_end():
-    assert subject.following_tokens([5, 6, 7], 2).tolist() == [[5, 6, 7, -1], [6, 7, -1, -1]]
-    # A drafter that always says what comes next would go on: the answer 5 6 7 ends it.
+def chain_from_5():
+    """Setting, ``Replay.accepted``, a context and the chain 5, ... that is drafted from it."""
     drafter = random_drafter()
     drafter.embedding = torch.randn(320, 64)
     context = torch.randn(1, 64)
     beams = beam_search(drafter, context, torch.tensor([5]), 1, 3)
-    chain = [5, *beams.tokens[0, :, 0].tolist()]
     setting = Setting(1, 3, 3)
     accept = Replay(drafter, [setting], "best").accepted
+    return setting, accept, context, [5, *beams.tokens[0, :, 0].tolist()]
+
+
+def test_nothing_is_accepted_behind_the_end():
+    assert subject.following_tokens([5, 6, 7], 2).tolist() == [[5, 6, 7, -1], [6, 7, -1, -1]]
+    # A drafter that always says what comes next would go on: the answer 5 6 7 ends it.
+    setting, accept, context, chain = chain_from_5()
     for length in (2, 3, 4):
         table = subject.following_tokens(chain[:length], 3)[:1]
         assert [int(part) for part in accept(context, table)[setting]] == [length - 1, 3]
@@ -162,13 +167,7 @@ def test_the_end_counts_as_in_vllm():
     table = subject.following_tokens([5, 6, 7], 2, [8, 9, 10])
     assert table.tolist() == [[5, 6, 7, 8], [6, 7, 8, 9]]
     # Drafts behind 5 (all three right), 6 and 7; a request that max_tokens ends skips the last.
-    drafter = random_drafter()
-    drafter.embedding = torch.randn(320, 64)
-    context = torch.randn(1, 64)
-    beams = beam_search(drafter, context, torch.tensor([5]), 1, 3)
-    chain = [5, *beams.tokens[0, :, 0].tolist()]
-    setting = Setting(1, 3, 3)
-    accept = Replay(drafter, [setting], "best").accepted
+    setting, accept, context, chain = chain_from_5()
     for known in range(4):
         table = subject.following_tokens(chain[:2], 3, chain[2 : 2 + known])[:1]
         assert int(accept(context, table)[setting][0]) == 1 + min(known, 2)

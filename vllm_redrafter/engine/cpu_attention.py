@@ -11,9 +11,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAtte
 
 from vllm_redrafter.engine.checks import check_layers
 from vllm_redrafter.engine.kv_layout import KVLayout, probe_layout, split_cache
-from vllm_redrafter.engine.tree_step import STEP_ATTRIBUTE, TreeStep
+from vllm_redrafter.engine.tree_step import STEP_ATTRIBUTE, TreeStep, attend
 from vllm_redrafter.ops.move_kv import MoveKV
-from vllm_redrafter.ops.tree_attention import tree_attention
 
 
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
@@ -47,23 +46,17 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
             assert attn_metadata is not None
             key_cache, value_cache = split_cache(kv_cache)
             layout = self.redrafter_layout
-            # No rows behind the last tree: the operator's scratch memory grows with them.
-            rows = step.masks.shape[0]
-            tree_attention(
-                output.view(output.shape[0], self.num_heads, self.head_size)[:rows],
-                query[:rows],
+            attend(
+                step,
+                query,
+                output.view(output.shape[0], self.num_heads, self.head_size),
                 key_cache,
                 value_cache,
+                attn_metadata.block_table,
+                self.scale,
+                self.logits_soft_cap,
                 layout.key_map,
                 layout.value_map,
-                attn_metadata.block_table,
-                step.request_index,
-                step.row_start,
-                step.row_count,
-                step.context_lens,
-                step.masks,
-                self.scale,
-                float(self.logits_soft_cap),
             )
         return output
 

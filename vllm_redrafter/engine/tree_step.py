@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vllm_redrafter.ops.tree_attention import tree_attention
+
 # Attribute under which an engine hangs a TreeStep on vLLM's attention metadata.
 STEP_ATTRIBUTE = "redrafter_step"
 
@@ -31,3 +33,43 @@ class TreeStep:
     context_lens: Tensor
     masks: Tensor
     covers_all: bool
+
+
+def attend(
+    step: TreeStep,
+    query: Tensor,
+    output: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    scale: float,
+    soft_cap: float | None,
+    key_map: Tensor | None = None,
+    value_map: Tensor | None = None,
+) -> None:
+    """Compute the rows of trees of a step, into ``output``.
+
+    Args:
+        step: which rows.
+        query, output: ``[rows, heads, head_dim]``, of all rows of the step.
+        soft_cap: of the logits; None or 0 for none.
+        key_cache, value_cache, block_table, scale, key_map, value_map: see ``ops.tree_attention``.
+    """
+    # No rows behind the last tree: the operator's scratch memory grows with them.
+    rows = step.masks.shape[0]
+    tree_attention(
+        output[:rows],
+        query[:rows],
+        key_cache,
+        value_cache,
+        key_map,
+        value_map,
+        block_table,
+        step.request_index,
+        step.row_start,
+        step.row_count,
+        step.context_lens,
+        step.masks,
+        scale,
+        float(soft_cap or 0.0),
+    )

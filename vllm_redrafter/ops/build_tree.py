@@ -10,7 +10,7 @@ from vllm_redrafter.drafter.beam_search import Beams
 from vllm_redrafter.ops.library import compiled_available, has_kernel
 from vllm_redrafter.tree import build as twin
 from vllm_redrafter.tree.rules import TREE_RULES, TreeRule
-from vllm_redrafter.tree.tree import MASK_WORD_BITS, NO_PARENT, Tree, pack_bits
+from vllm_redrafter.tree.tree import NO_PARENT, Tree, mask_words, pack_bits
 
 
 def build_tree(
@@ -51,7 +51,7 @@ def build_tree(
         return _padded(tree, masks, _most(beams, num_nodes)) if fixed_size else (tree, masks)
     batch, most = beams.batch_size, _most(beams, num_nodes)
     tokens, parents, depths = torch.empty(3, batch, most, dtype=torch.int64, device=device)
-    words = -(-most // MASK_WORD_BITS)
+    words = mask_words(most)
     masks = torch.empty(batch, most, words, dtype=torch.int64, device=device)
     counts = torch.empty(batch, dtype=torch.int64, device=device)
     torch.ops.redrafter.build_tree.default(
@@ -61,7 +61,7 @@ def build_tree(
     if device.type == "cpu" and not fixed_size:
         used = int(counts.max()) if batch else 1
         tokens, parents, depths = tokens[:, :used], parents[:, :used], depths[:, :used]
-        masks = masks[:, :used, : -(-used // MASK_WORD_BITS)]
+        masks = masks[:, :used, : mask_words(used)]
     return Tree(tokens, parents, depths, counts), masks
 
 
@@ -75,7 +75,7 @@ def _padded(tree: Tree, masks: Tensor, columns: int) -> tuple[Tree, Tensor]:
     """The same trees with more padding: a padding row has parent -1 and sees itself alone."""
     batch, have = tree.tokens.shape
     device = tree.tokens.device
-    words = -(-columns // MASK_WORD_BITS)
+    words = mask_words(columns)
     out = Tree(
         tokens=torch.zeros(batch, columns, dtype=torch.int64, device=device),
         parents=torch.full((batch, columns), NO_PARENT, dtype=torch.int64, device=device),

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from vllm_redrafter.training.dataset import Dataset, check_fits, read_manifest, read_shard
+from vllm_redrafter.training.dataset import (
+    Dataset,
+    check_fits,
+    read_manifest,
+    read_shard,
+    shard_texts,
+)
 from vllm_redrafter.training.errors import TrainingError
 from vllm_redrafter.training.jsonl import numbered_lines, parse_line
 from vllm_redrafter.training.repeats import is_looping
@@ -119,12 +125,10 @@ def _read_dataset(directory: Path, vocab_size: int, tokenizer_sha256: str | None
     answers, texts = [], []
     for entry in sorted(manifest["shards"], key=lambda entry: entry["number"]):
         shard = read_shard(directory, entry)
-        bounds, prompts = shard["offsets"].tolist(), shard["prompt_lengths"].tolist()
-        for i, temperature in enumerate(shard["temperatures"].tolist()):
+        kinds = zip(shard["temperatures"].tolist(), shard["ended"].tolist(), strict=True)
+        for (text, prompt), (temperature, ended) in zip(shard_texts(shard), kinds, strict=True):
             if temperature == 0:
-                text = shard["tokens"][bounds[i] : bounds[i + 1]]
-                ids, prompt = text.tolist(), prompts[i]
-                reason = "stop" if shard["ended"][i] else "length"
+                ids, reason = text.tolist(), "stop" if ended else "length"
                 answers.append(Recorded(ids[:prompt], ids[prompt:], finish_reason=reason))
                 texts.append(text)
     if not answers:

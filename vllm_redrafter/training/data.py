@@ -30,6 +30,7 @@ from vllm_redrafter.training.dataset import (
     MANIFEST,
     read_manifest,
     read_shard,
+    shard_texts,
 )
 from vllm_redrafter.training.errors import TrainingError
 from vllm_redrafter.training.files import locked, make_directory, sha256, write_atomic, write_json
@@ -232,10 +233,9 @@ def _continue(
             say(f"{str(error).split(';')[0]}; it is made anew")
             continue
         seen.prompts.update(shard["prompt_keys"].tolist())
-        bounds = shard["offsets"].tolist()
-        for i, prompt in enumerate(shard["prompt_lengths"].tolist()):
-            ids = shard["tokens"][bounds[i] + prompt : bounds[i + 1]]
-            seen.answers.add(_answer_key(ids.tolist()))
+        seen.answers.update(
+            _answer_key(ids[prompt:].tolist()) for ids, prompt in shard_texts(shard)
+        )
         whole.append(entry)
     manifest["shards"] = whole
     manifest["totals"] = _totals(whole)

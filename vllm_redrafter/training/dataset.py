@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,14 +163,18 @@ def read_shard(directory: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
     return load_bytes(data)
 
 
+def shard_texts(shard: dict[str, Tensor]) -> Iterator[tuple[Tensor, int]]:
+    """Of every sequence of a shard its ids ``[n]`` int32, and how many of them are the prompt."""
+    lengths = shard["offsets"].diff().tolist()
+    yield from zip(shard["tokens"].split(lengths), shard["prompt_lengths"].tolist(), strict=True)
+
+
 def _load_shards(directory: Path, max_length: int | None) -> Dataset:
     manifest = read_manifest(directory)
     tokens, answer = [], []
     for entry in sorted(manifest["shards"], key=lambda entry: entry["file"]):
-        shard = read_shard(directory, entry)
-        bounds = shard["offsets"].tolist()
-        for i, prompt in enumerate(shard["prompt_lengths"].tolist()):
-            ids = shard["tokens"][bounds[i] : bounds[i + 1]][:max_length]
+        for ids, prompt in shard_texts(read_shard(directory, entry)):
+            ids = ids[:max_length]
             tokens.append(ids)
             answer.append(torch.arange(len(ids)) >= prompt)
     return Dataset(tokens, answer, manifest)

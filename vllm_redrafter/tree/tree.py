@@ -96,10 +96,15 @@ class Tree:
         return pack_bits(self.ancestor_mask())
 
 
+def mask_words(columns: int) -> int:
+    """64-bit words that hold one row of a mask of that many columns."""
+    return -(-columns // MASK_WORD_BITS)
+
+
 def pack_bits(mask: Tensor) -> Tensor:
     """``[..., M]`` bool to ``[..., ceil(M / 64)]`` int64, bit j % 64 of word j // 64."""
     size = mask.shape[-1]
-    words = -(-size // MASK_WORD_BITS)
+    words = mask_words(size)
     padded = torch.zeros(*mask.shape[:-1], words * MASK_WORD_BITS, dtype=torch.int64)
     padded[..., :size] = mask
     # Bit 63 is the sign: shifting 1 into it wraps, and the sum over distinct bits is exact.

@@ -13,9 +13,8 @@ from torch import Tensor
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from vllm_redrafter.engine.checks import check_layers
-from vllm_redrafter.engine.tree_step import STEP_ATTRIBUTE, TreeStep
+from vllm_redrafter.engine.tree_step import STEP_ATTRIBUTE, TreeStep, attend
 from vllm_redrafter.ops.move_kv import MoveKV
-from vllm_redrafter.ops.tree_attention import tree_attention
 
 
 class TreeFlashAttentionImpl(FlashAttentionImpl):
@@ -44,23 +43,15 @@ class TreeFlashAttentionImpl(FlashAttentionImpl):
             )  # fmt: skip
         if step is not None:
             key_cache, value_cache = split_cache(kv_cache)
-            # No rows behind the last tree: the operator's scratch memory grows with them.
-            rows = step.masks.shape[0]
-            tree_attention(
-                output.view(output.shape[0], self.num_heads, self.head_size)[:rows],
-                query[:rows],
+            attend(
+                step,
+                query,
+                output.view(output.shape[0], self.num_heads, self.head_size),
                 key_cache,
                 value_cache,
-                None,
-                None,
                 attn_metadata.block_table,
-                step.request_index,
-                step.row_start,
-                step.row_count,
-                step.context_lens,
-                step.masks,
                 self.scale,
-                float(self.logits_soft_cap or 0.0),
+                self.logits_soft_cap,
             )
         return output
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
-from vllm_redrafter.tree.tree import MASK_WORD_BITS, Tree
+from vllm_redrafter.tree.tree import Tree, mask_words
 
 # (context [B, H], known tokens [B] int64) -> trees of N + 1 columns, and their masks.
 DraftTrees = Callable[[Tensor, Tensor], tuple[Tree, Tensor]]
@@ -41,7 +41,7 @@ class DraftBuffers:
         self.tokens, self.parents, self.depths = torch.zeros(
             3, slots, columns, dtype=torch.int64, device=device
         )
-        words = -(-columns // MASK_WORD_BITS)
+        words = mask_words(columns)
         self.masks = torch.zeros(slots, columns, words, dtype=torch.int64, device=device)
 
     def run(self, draft: DraftTrees, requests: int) -> None:

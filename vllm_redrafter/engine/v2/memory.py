@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from vllm_redrafter.drafter.config import DrafterConfig
 from vllm_redrafter.options import ReDrafterOptions
-from vllm_redrafter.tree.tree import MASK_WORD_BITS
+from vllm_redrafter.tree.tree import mask_words
 
 # csrc/cuda: logits of a block of beam_step's scan; query rows of a block of tree_attention.
 SCAN_CHUNK = 1024
@@ -102,7 +102,7 @@ def extra_memory(
 
 def _buffers(options: ReDrafterOptions, slots: int, max_rows: int) -> int:
     nodes = options.num_speculative_tokens
-    rows, words = nodes + 1, -(-(nodes + 1) // MASK_WORD_BITS)
+    rows, words = nodes + 1, mask_words(nodes + 1)
     trees = slots * (rows * (2 + words) + 2) * 8 + rows * (words + 1) * 8
     # Known token and node count, tokens, parents, depths and masks, for graphs of the draft.
     draft = slots * (2 + rows * (3 + words)) * 8
@@ -135,6 +135,6 @@ def draft_bytes(options: ReDrafterOptions, drafter: DrafterConfig, batch: int, e
     selection = rows * -(-vocab // SCAN_CHUNK) * (kept + 1) * 8
     beams = batch * length * width * (8 + 8 + 4)
     columns = options.num_speculative_tokens + 1
-    words = -(-columns // MASK_WORD_BITS)
+    words = mask_words(columns)
     trees = batch * (columns * (3 + words) + 1) * 8
     return beams + max(activations + selection, trees)
