@@ -227,6 +227,11 @@ def test_every_position_is_seen_once_an_epoch_by_some_process():
     ]
     counts = [len(schedule.epoch(0)) for schedule in schedules]
     assert counts[0] == counts[1]
+    # What one process has kept of a sequence serves it again: no sequence changes hands.
+    shares = [{i for e in range(5) for p in s.epoch(e) for i in p.members} for s in schedules]
+    assert shares == [{0, 2, 4}, {1, 3, 5}]
+    groups = [{p.group for p in s.epoch(0)} for s in schedules]
+    assert not groups[0] & groups[1]
     whole = Schedule(range(6), anchors, lengths, group_tokens=20, batch_size=4, seed=1)
     for place in whole.epoch(0):
         total = sum(anchors[i] for i in place.members)

@@ -5,7 +5,9 @@ Position t of a sequence x is an anchor: context h_t, known token x[t+1], drafte
 x[t+1+K]; the teacher of offset i is the target's distribution at t+1+i. The known token and all
 that is drafted are the target's own words, never the prompt's.
 
-The order depends on the seed, the epoch and nothing else, so a run can go on at any step.
+The order depends on the seed, the epoch and the number of processes, and on nothing else, so a run
+can go on at any step. Each process has a fixed share of the sequences: what it keeps of them in
+memory serves it in every epoch.
 """
 
 from __future__ import annotations
@@ -87,16 +89,22 @@ class Schedule:
 
     def epoch(self, epoch: int) -> list[Place]:
         """The steps of one epoch; equally many for every process."""
-        order = torch.randperm(len(self._members), generator=_generator(self._seed, 1, epoch))
-        groups = pack([self._members[i] for i in order.tolist()], self._lengths, self._group_tokens)
-        per_rank: list[list[Place]] = [[] for _ in range(self._world)]
-        for number, group in enumerate(groups):
+        per_rank = [self._share(epoch, rank) for rank in range(self._world)]
+        return per_rank[self._rank][: min(map(len, per_rank))]
+
+    def _share(self, epoch: int, rank: int) -> list[Place]:
+        """The steps that the sequences of one process make."""
+        members = self._members[rank :: self._world]
+        order = torch.randperm(len(members), generator=_generator(self._seed, 1, epoch))
+        places = []
+        for n, group in enumerate(
+            pack([members[i] for i in order.tolist()], self._lengths, self._group_tokens)
+        ):
+            number = n * self._world + rank
             total = sum(self._anchors[i] for i in group)
             parts = max(1, round(total / self._batch_size))
-            per_rank[number % self._world] += [
-                Place(epoch, number, tuple(group), part, parts) for part in range(parts)
-            ]
-        return per_rank[self._rank][: min(map(len, per_rank))]
+            places += [Place(epoch, number, tuple(group), part, parts) for part in range(parts)]
+        return places
 
     def steps(self, epochs: float) -> int:
         """Steps in ``epochs`` passes; a part of a pass counts in proportion."""

@@ -5,7 +5,7 @@ A target's hidden states have means and scales that differ by an order of magnit
 dimensions, and embeddings are small: a network that starts at the usual scale hardly sees some and
 saturates on others. So training sees standardised states, and with the target's own head the inner
 width is in units of the states' spread too. Both are changes of units: `export` folds them
-into the weights exactly, and what is saved is a plain drafter.
+into the weights exactly, and what is saved is a plain drafter; `take` goes the other way.
 """
 
 from __future__ import annotations
@@ -102,6 +102,40 @@ class TrainableDrafter(nn.Module):
         for block in drafter.lm_head[:-1]:
             x = x + F.silu(block.linear((x - self.out_mean) / self.out_scale))
         return x
+
+    @torch.no_grad()
+    def take(self, drafter: Drafter) -> None:
+        """Start from a finished drafter: the inverse of `export`, up to rounding.
+
+        Its head is taken where it stores one. Blocks that it lacks come behind its own and start
+        as the identity.
+
+        Args:
+            drafter: of the same shapes, with at most as many blocks.
+        """
+        tensors = {name: t.double().cpu() for name, t in drafter.state_dict().items()}
+        in_mean, in_scale = self.in_mean.double().cpu(), self.in_scale.double().cpu()
+        out_mean, out_scale = self.out_mean.double().cpu(), self.out_scale.double().cpu()
+        taken, blocks = drafter.config.num_draft_layers, self.config.num_draft_layers
+        head = tensors.pop(f"lm_head.{taken}.weight")
+        if not drafter.config.shared_head:
+            tensors[f"lm_head.{blocks}.weight"] = head
+        if self.config.has_input_proj:
+            weight, bias = tensors["input_proj.weight"], tensors["input_proj.bias"]
+            from_context, from_state = (weight / out_scale[:, None]).split(
+                self.config.hidden_size, 1
+            )
+            tensors["input_proj.weight"] = torch.cat([from_context * in_scale, from_state], 1)
+            tensors["input_proj.bias"] = (bias - out_mean) / out_scale + from_context @ in_mean
+        for i in range(taken):
+            weight = tensors[f"lm_head.{i}.linear.weight"]
+            tensors[f"lm_head.{i}.linear.bias"] += weight @ out_mean
+            tensors[f"lm_head.{i}.linear.weight"] = weight * out_scale
+        for block in self.drafter.lm_head[taken:blocks]:
+            # SiLU(0) is 0 but its slope is not: the identity, and yet it learns.
+            nn.init.zeros_(block.linear.weight)
+            nn.init.zeros_(block.linear.bias)
+        self.drafter.load_state_dict(tensors, strict=False)
 
     @torch.no_grad()
     def export(self, draft_vocab: Tensor | None, dtype: torch.dtype) -> Drafter:

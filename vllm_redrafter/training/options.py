@@ -83,6 +83,11 @@ class TrainOptions:
     resume: bool = option(False, "go on from the last checkpoint in --out, exactly as if the run "
                           "had not stopped", free=True)  # fmt: skip
 
+    init: str | None = option(
+        None,
+        "directory of a drafter of this target to start from: its shape is kept, --blocks may be "
+        "more, and the draft vocabulary is chosen anew if it shares the target's head",
+    )
     loss: str = option("soft", "soft: the target's own distribution is the goal (distillation); "
                        "hard: the tokens of the text are, as in Apple's trainer",
                        choices=("soft", "hard"))  # fmt: skip

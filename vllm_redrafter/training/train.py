@@ -29,6 +29,7 @@ from vllm_redrafter.training.log import Log, can_plot, plot
 from vllm_redrafter.training.losses import linear_cross_entropy
 from vllm_redrafter.training.model import TrainableDrafter
 from vllm_redrafter.training.options import TrainOptions, decisive
+from vllm_redrafter.training.start import load_start, with_shape_of
 from vllm_redrafter.training.target import (
     Target,
     check_stored_states,
@@ -92,6 +93,8 @@ class _Run:
         datasets = [load_dataset(directory, options.max_length) for directory in options.data]
         self.dataset = join(datasets)
         self.target = Target(options.target, options.target_dtype, self.device)
+        begin = load_start(options, self.target)
+        self.options = options = with_shape_of(options, begin)
         self.recipe = resolve(options, self.target.hidden_size, self.target.vocab_size)
         tokenizer = tokenizer_sha256(options.target) if self.dataset.manifest else None
         for dataset, directory in zip(datasets, options.data, strict=True):
@@ -109,7 +112,12 @@ class _Run:
                 f"{options.max_length}; make longer answers or raise --max-length."
             )
         self.vocabulary = vocabulary.choose(
-            self.dataset, self.members, self.recipe.draft_vocab_size, self.target.vocab_size
+            self.dataset,
+            self.members,
+            self.recipe.draft_vocab_size,
+            self.target.vocab_size,
+            # Rows that belong to a head of its own cannot be exchanged.
+            fixed=None if begin is None or begin.config.shared_head else begin.draft_vocab,
         )
         self.offset_weights = offset_weights(options.offsets, options.offset_decay).to(self.device)
         self.head_rows = _to(self.vocabulary.ids, self.device)
@@ -132,6 +140,8 @@ class _Run:
             )
         torch.manual_seed(options.seed)
         self.model = self._model()
+        if begin is not None:
+            self.model.take(begin)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.trained = trained
         self.optimizer = torch.optim.AdamW(
@@ -311,7 +321,7 @@ class _Run:
         now = self._deciding()
         for name, before in saved["options"].items():
             # Directories may have moved; what is in them is compared by other means.
-            if name not in ("target", "data", "out") and now.get(name) != before:
+            if name not in ("target", "data", "out", "init") and now.get(name) != before:
                 raise TrainingError(
                     f"the run in '{self.out}' had {name} {before!r}, now it is {now.get(name)!r}; "
                     "resume with the same options, or give another --out."

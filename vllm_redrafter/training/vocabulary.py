@@ -34,12 +34,22 @@ class DraftVocabulary:
         return self.rows.numel() if self.ids is None else self.ids.numel()
 
 
-def choose(dataset: Dataset, members: Iterable[int], size: int, vocab_size: int) -> DraftVocabulary:
-    """The ``size`` tokens most frequent in the answers of ``members``; ties to the lower id."""
+def choose(
+    dataset: Dataset,
+    members: Iterable[int],
+    size: int,
+    vocab_size: int,
+    fixed: Tensor | None = None,
+) -> DraftVocabulary:
+    """The ``size`` tokens most frequent in the answers of ``members``; ties to the lower id.
+
+    Args:
+        fixed: ``[size]`` int64, ids that are settled already; only their coverage is counted.
+    """
     if size >= vocab_size:
         return DraftVocabulary(None, torch.arange(vocab_size), 1.0)
     counts = count_tokens(dataset, members, vocab_size)
-    ids = most_frequent(counts, size)
+    ids = most_frequent(counts, size) if fixed is None else fixed
     rows = torch.full((vocab_size,), -1)
     rows[ids] = torch.arange(size)
     return DraftVocabulary(ids, rows, coverage(counts, ids))
