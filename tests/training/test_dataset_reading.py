@@ -90,8 +90,7 @@ def test_hidden_state_files(tmp_path, target, normed):
     frozen = Target(target, "float32", torch.device("cpu"))
     need_norm = check_stored_states(frozen, dataset.tokens[0].long(), dataset.hidden(0))
     assert need_norm is not normed
-    group = make_group(frozen, dataset, [0], offsets=2, head_rows=None, soft=True,
-                       stored_need_norm=need_norm)  # fmt: skip
+    group = make_group(frozen, dataset, [0], offsets=2, stored_need_norm=need_norm)
     torch.testing.assert_close(group.hidden, frozen.hidden([texts[0]])[0], rtol=1e-3, atol=1e-3)
 
 
@@ -131,7 +130,7 @@ def test_anchors_and_what_follows_them(target):
     tokens = [torch.tensor([9, 8, 7, 6, 5]), torch.tensor([1, 2, 3])]
     answer = [torch.arange(5) >= 2, torch.arange(3) >= 1]
     dataset = Dataset(tokens, answer, {})
-    group = make_group(frozen, dataset, [0, 1], offsets=3, head_rows=None, soft=True)
+    group = make_group(frozen, dataset, [0, 1], offsets=3)
     # Sequence 0: answers at 2, 3, 4; t = 1, 2. Sequence 1 begins at row 5; answers at 1, 2; t = 0.
     assert group.anchor.tolist() == [1, 2, 5]
     assert group.valid.tolist() == [
@@ -139,12 +138,14 @@ def test_anchors_and_what_follows_them(target):
     ]  # fmt: skip
     assert group.tokens.tolist() == [[7, 6, 5, 0], [6, 5, 0, 0], [2, 3, 0, 0]]
     assert [num_anchors(a) for a in answer] == [2, 1]
-    rows = group.teacher_rows(torch.arange(3), 3)
-    expected = frozen.probabilities(torch.cat(frozen.hidden(tokens)), None)
+    rows = group.teacher_rows(torch.arange(3))
+    said = frozen.probabilities(group.hidden, frozen.head)
     for a, i in ((0, 0), (0, 1), (1, 0), (2, 0)):
-        torch.testing.assert_close(
-            group.teacher[rows[a, i]], expected[group.anchor[a] + 1 + i], rtol=1e-4, atol=1e-6
-        )
+        sequence = 0 if a < 2 else 1
+        upto = int(group.anchor[a]) + 1 + i - 5 * sequence
+        [alone] = frozen.hidden([tokens[sequence][: upto + 1]])
+        logits = alone[-1] @ frozen.head.T
+        torch.testing.assert_close(said[rows[a, i]], logits.softmax(-1), rtol=1e-4, atol=1e-6)
 
 
 def test_the_draft_vocabulary_is_the_most_frequent_answer_tokens():

@@ -19,7 +19,7 @@ from vllm_redrafter.cli import main
 from vllm_redrafter.drafter.checkpoint import load_drafter
 from vllm_redrafter.drafter.config import DrafterConfig
 from vllm_redrafter.training import files, log
-from vllm_redrafter.training.batches import Schedule, make_group
+from vllm_redrafter.training.batches import RUN, Schedule, make_group
 from vllm_redrafter.training.dataset import load_dataset
 from vllm_redrafter.training.errors import TrainingError
 from vllm_redrafter.training.model import TrainableDrafter
@@ -157,9 +157,8 @@ def test_cached_hidden_states_are_the_computed_ones(target, data):
     dataset = load_dataset(data)
     frozen, cache = Target(target, "float32", torch.device("cpu")), {}
     for members in ([3, 5], [5, 7]):
-        settings = {"offsets": 3, "head_rows": None, "soft": True}
-        cached = make_group(frozen, dataset, members, cache=cache, **settings)
-        computed = make_group(frozen, dataset, members, **settings)
+        cached = make_group(frozen, dataset, members, offsets=3, cache=cache)
+        computed = make_group(frozen, dataset, members, offsets=3)
         torch.testing.assert_close(cached.hidden, computed.hidden, rtol=1e-4, atol=1e-4)
     assert sorted(cache) == [3, 5, 7]
 
@@ -245,6 +244,18 @@ def test_every_position_is_seen_once_an_epoch_by_some_process():
     later = whole.places(7)
     assert [next(later) for _ in range(5)] == listed[7:]
     assert listed[0].members != listed[len(whole.epoch(0))].members or len(anchors) == 1
+
+
+def test_a_step_takes_short_runs_from_all_over_a_group():
+    schedule = Schedule([0], [400], [402], group_tokens=500, batch_size=40, seed=1)
+    places = schedule.epoch(0)
+    assert len(places) == 10
+    taken = [schedule.positions(place, 400) for place in places]
+    assert sorted(torch.cat(taken).tolist()) == list(range(400))
+    for at in taken:
+        runs = at.view(-1, RUN)
+        assert (runs == runs[:, :1] + torch.arange(RUN)).all()
+        assert at.max() - at.min() > 200
 
 
 @pytest.mark.slow

@@ -5,6 +5,9 @@ Position t of a sequence x is an anchor: context h_t, known token x[t+1], drafte
 x[t+1+K]; the teacher of offset i is the target's distribution at t+1+i. The known token and all
 that is drafted are the target's own words, never the prompt's.
 
+Positions of one step come from all over a group, so a group should be large: a step whose positions
+come from a few sequences pulls the weights towards just these.
+
 The order depends on the seed, the epoch and the number of processes, and on nothing else, so a run
 can go on at any step. Each process has a fixed share of the sequences: what it keeps of them in
 memory serves it in every epoch.
@@ -20,6 +23,10 @@ from torch import Tensor
 
 from vllm_redrafter.training.dataset import Dataset
 from vllm_redrafter.training.target import Target
+
+# Neighbouring anchors that stay together: they share rows of the teacher, which cost as much as
+# those of the drafter.
+RUN = 4
 
 
 def num_anchors(answer: Tensor) -> int:
@@ -102,7 +109,7 @@ class Schedule:
         ):
             number = n * self._world + rank
             total = sum(self._anchors[i] for i in group)
-            parts = max(1, round(total / self._batch_size))
+            parts = min(max(1, round(total / self._batch_size)), -(-total // RUN))
             places += [Place(epoch, number, tuple(group), part, parts) for part in range(parts)]
         return places
 
@@ -126,35 +133,37 @@ class Schedule:
             epoch += 1
 
     def positions(self, place: Place, total: int) -> Tensor:
-        """Which of a group's ``total`` anchors belong to this step: indices int64."""
-        order = torch.randperm(total, generator=_generator(self._seed, 2, place.epoch, place.group))
-        return order.tensor_split(place.parts)[place.part].sort().values
+        """Which of a group's ``total`` anchors belong to this step: indices int64, rising."""
+        generator = _generator(self._seed, 2, place.epoch, place.group)
+        runs = torch.randperm(-(-total // RUN), generator=generator)
+        runs = runs.tensor_split(place.parts)[place.part].sort().values
+        at = (runs[:, None] * RUN + torch.arange(RUN)).flatten()
+        return at[at < total]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Some sequences laid end to end, with everything that all their offsets need.
+    """Some sequences laid end to end, with what all their offsets need.
 
     Attributes:
         hidden: ``[T, H]``.
         anchor: ``[A]`` int64, row of each anchor's context.
         tokens: ``[A, K + 1]`` int64, the known token and what follows; 0 behind the end.
         valid: ``[A, K]`` bool, which offsets have a token to predict.
-        teacher: ``[R, V']`` float32 probabilities, or None for hard labels.
-        teacher_row: ``[T]`` int64, row of ``teacher`` that belongs to a row of ``hidden``.
     """
 
     hidden: Tensor
     anchor: Tensor
     tokens: Tensor
     valid: Tensor
-    teacher: Tensor | None
-    teacher_row: Tensor
 
-    def teacher_rows(self, at: Tensor, offsets: int) -> Tensor:
-        """Teacher rows ``[len(at), K]`` of the anchors ``at``."""
-        rows = self.anchor[at][:, None] + 1 + torch.arange(offsets, device=at.device)
-        return self.teacher_row[rows.clamp(max=len(self.teacher_row) - 1)]
+    def teacher_rows(self, at: Tensor) -> Tensor:
+        """``[len(at), K]``: the rows of ``hidden`` that say what follows each drafted token.
+
+        Where an anchor is not ``valid`` they belong to no or another sequence.
+        """
+        rows = self.anchor[at][:, None] + 1 + torch.arange(self.valid.shape[1], device=at.device)
+        return rows.clamp(max=len(self.hidden) - 1)
 
 
 def make_group(
@@ -163,16 +172,12 @@ def make_group(
     members: Sequence[int],
     *,
     offsets: int,
-    head_rows: Tensor | None,
-    soft: bool,
     stored_need_norm: bool = False,
     cache: dict[int, Tensor] | None = None,
 ) -> Group:
-    """Compute (or read) hidden states and teacher of some sequences.
+    """Compute (or read) the hidden states of some sequences.
 
     Args:
-        head_rows: ``[V']``, the draft vocabulary; None for all.
-        soft: also compute the teacher.
         stored_need_norm: stored hidden states come from before the target's final norm.
         cache: hidden states by sequence number, filled here; None: compute them every time.
     """
@@ -208,20 +213,12 @@ def make_group(
     tokens = flat[columns.clamp(max=len(flat) - 1)]
     tokens[:, 1:].masked_fill_(~valid, 0)
 
-    teacher, teacher_row = None, torch.zeros(len(flat), dtype=torch.int64)
-    if soft:
-        needed = torch.zeros(len(flat), dtype=torch.bool)
-        needed[columns[:, :offsets][valid]] = True
-        teacher_row = (needed.long().cumsum(0) - 1).clamp(min=0)
-        teacher = target.probabilities(hidden[needed.to(device)], head_rows)
     # inference-mode tensors cannot be saved for a backward pass: clone outside of it.
     return Group(
         hidden=hidden.clone(),
         anchor=anchor.to(device),
         tokens=tokens.to(device),
         valid=valid.to(device),
-        teacher=teacher,
-        teacher_row=teacher_row.to(device),
     )
 
 

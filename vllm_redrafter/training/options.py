@@ -128,9 +128,9 @@ class TrainOptions:
         None, "positions per step and process; default 320 (measured), 512 or 1024 (guesses) for "
         "targets of hidden size below 1024, below 3072 or above", minimum=1)  # fmt: skip
     group_tokens: int = option(
-        4096,
-        "tokens of text in memory at once; positions of one step come from one group. The "
-        "teacher's probabilities take this times the draft vocabulary times 4 bytes",
+        65536,
+        "tokens of text whose hidden states are in memory at once; the positions of one step are "
+        "drawn from all of them, so more is better",
         minimum=1,
     )
     cache: bool = option(

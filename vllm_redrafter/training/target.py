@@ -114,12 +114,15 @@ class Target:
         return [states[i, : len(tokens)] for i, tokens in enumerate(sequences)]
 
     @torch.inference_mode()
-    def probabilities(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
-        """The target's distribution over the head's ``rows`` (None: all): ``[R, V']`` float32.
+    def probabilities(self, hidden: Tensor, head: Tensor) -> Tensor:
+        """The target's distribution over some of its tokens: ``[R, V']`` float32.
 
-        Renormalised over these rows: what cannot be drafted has no part in it.
+        Renormalised over these: what cannot be drafted has no part in it.
+
+        Args:
+            hidden: ``[R, H]``.
+            head: ``[V', H]``, those tokens' rows of the target's head.
         """
-        head = self.head if rows is None else self.head[rows]
         logits = (hidden.to(head.dtype) @ head.T).float() * self._factor
         if self._cap:
             logits = self._cap * torch.tanh(logits / self._cap)

@@ -120,7 +120,10 @@ class _Run:
             fixed=None if begin is None or begin.config.shared_head else begin.draft_vocab,
         )
         self.offset_weights = offset_weights(options.offsets, options.offset_decay).to(self.device)
-        self.head_rows = _to(self.vocabulary.ids, self.device)
+        ids = self.vocabulary.ids
+        self.target_head = (
+            self.target.head if ids is None else self.target.head[ids.to(self.device)]
+        )
         self.row_of = self.vocabulary.rows.to(self.device)
         self.schedule = Schedule(
             self.members,
@@ -225,16 +228,18 @@ class _Run:
                 features = features.bfloat16()
         label = self.row_of[tokens[:, 1:]]
         drafted = label >= 0
-        if group.teacher is None:
+        teacher = None
+        if options.loss == "hard":
             valid = valid & drafted
             rows = label
         else:
-            rows = group.teacher_rows(at, options.offsets)
+            wanted, rows = group.teacher_rows(at).unique(return_inverse=True)
+            teacher = self.target.probabilities(group.hidden[wanted], self.target_head)
         # Offset by offset, as the features lie.
         share = self.offset_weights / valid.sum(0).clamp(min=1)
         scale = (valid * share).T.flatten().float()
         loss, per_row, best = linear_cross_entropy(
-            features, self.model.head, rows.T.flatten(), scale, group.teacher
+            features, self.model.head, rows.T.flatten(), scale, teacher
         )
         shape = (options.offsets, len(at))
         right = (best.view(shape) == label.T) & drafted.T
@@ -260,8 +265,6 @@ class _Run:
             self.dataset,
             members,
             offsets=self.options.offsets,
-            head_rows=self.head_rows,
-            soft=self.options.loss == "soft",
             stored_need_norm=self.stored_need_norm,
             cache=self.cache,
         )
@@ -287,13 +290,12 @@ class _Run:
         for i in self.members:
             if rows >= _SAMPLE_TOKENS:
                 break
-            group = make_group(target, self.dataset, [i], offsets=1, head_rows=None, soft=False,
+            group = make_group(target, self.dataset, [i], offsets=1,
                                stored_need_norm=self.stored_need_norm)  # fmt: skip
             sample.append(group.hidden[group.anchor])
             rows += len(group.anchor)
-        head = target.head if self.head_rows is None else target.head[self.head_rows]
         model = TrainableDrafter(
-            config, target.embedding, head, options.head, torch.cat(sample).cpu()
+            config, target.embedding, self.target_head, options.head, torch.cat(sample).cpu()
         )
         return model.to(self.device)
 
@@ -420,10 +422,6 @@ def _schedule(step: int, steps: int, warmup: float) -> float:
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-
-def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
 
 
 class _processes:
