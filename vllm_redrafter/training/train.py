@@ -41,8 +41,8 @@ CHECKPOINT = "checkpoint.pt"
 
 # A sample large enough for means and spreads of hidden states.
 _SAMPLE_TOKENS = 2048
-# Held-out groups that an evaluation looks at, at most.
-_EVAL_GROUPS = 16
+# Held-out text that an evaluation looks at, at most.
+_EVAL_TOKENS = 65_536
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 
@@ -251,7 +251,8 @@ class _Run:
         """Loss and accuracy by depth on the held-out sequences."""
         lengths = [len(tokens) for tokens in self.dataset.tokens]
         totals = _Totals(self.options.offsets)
-        for members in pack(self.held_out, lengths, self.options.group_tokens)[:_EVAL_GROUPS]:
+        room = min(self.options.group_tokens, _EVAL_TOKENS)
+        for members in pack(self.held_out, lengths, room)[: _EVAL_TOKENS // room]:
             group = self._group(members)
             for at in torch.arange(len(group.anchor), device=self.device).split(
                 self.recipe.batch_size
