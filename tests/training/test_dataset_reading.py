@@ -15,7 +15,7 @@ from vllm_redrafter.training.batches import make_group, num_anchors, pack, split
 from vllm_redrafter.training.dataset import MANIFEST, Dataset, check_fits, join, load_dataset
 from vllm_redrafter.training.errors import TrainingError
 from vllm_redrafter.training.options import TrainOptions
-from vllm_redrafter.training.target import Target, check_stored_states
+from vllm_redrafter.training.target import Target, check_stored_states, padded_groups
 from vllm_redrafter.training.train import train
 from vllm_redrafter.training.vocabulary import choose
 
@@ -146,6 +146,22 @@ def test_anchors_and_what_follows_them(target):
         [alone] = frozen.hidden([tokens[sequence][: upto + 1]])
         logits = alone[-1] @ frozen.head.T
         torch.testing.assert_close(said[rows[a, i]], logits.softmax(-1), rtol=1e-4, atol=1e-6)
+
+
+def test_hidden_states_do_not_depend_on_how_many_are_asked_for(target, monkeypatch):
+    frozen = Target(target, "float32", torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.randint(300, (n,), generator=generator) for n in (9, 3, 30, 1, 12, 9)]
+    monkeypatch.setattr("vllm_redrafter.training.target._PASS_TOKENS", 24)
+    together = frozen.hidden(sequences)
+    for sequence, states in zip(sequences, together, strict=True):
+        assert states.shape == (len(sequence), frozen.hidden_size)
+        torch.testing.assert_close(states, frozen.hidden([sequence])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_passes_hold_what_fits_padding_included():
+    assert padded_groups([9, 3, 30, 1, 12, 9], 24) == [[3, 1], [0, 5], [4], [2]]
+    assert padded_groups([], 24) == []
 
 
 def test_the_draft_vocabulary_is_the_most_frequent_answer_tokens():

@@ -188,7 +188,7 @@ def make_group(
             if i not in cache:
                 # Alone: values must not depend on the group in which it was first met, or a
                 # resumed run would differ.
-                cache[i] = target.hidden([tokens])[0].clone()
+                cache[i] = target.hidden([tokens])[0]
         hidden = torch.cat([cache[i] for i in members])
     elif dataset.hidden is None:
         hidden = torch.cat(target.hidden(sequences))

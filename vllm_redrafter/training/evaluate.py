@@ -45,7 +45,12 @@ from vllm_redrafter.training.files import make_directory, write_atomic, write_js
 from vllm_redrafter.training.log import can_plot
 from vllm_redrafter.training.options import EvalOptions
 from vllm_redrafter.training.repeats import LOOPING
-from vllm_redrafter.training.target import Target, choose_device, tokenizer_sha256
+from vllm_redrafter.training.target import (
+    Target,
+    choose_device,
+    padded_groups,
+    tokenizer_sha256,
+)
 
 TOP = 5
 NO_TOKEN = -1  # behind an answer's end; no drafted token equals it
@@ -346,10 +351,8 @@ def replay(
         progress: called as ``progress(answers done, answers in all)``.
     """
     outcomes: list[Outcome] = [Outcome() for _ in answers]
-    order = sorted(range(len(answers)), key=lambda i: len(answers[i].prompt + answers[i].answer))
     done = 0
-    for members in _groups([(i, len(answers[i].prompt + answers[i].answer)) for i in order],
-                           group_tokens):  # fmt: skip
+    for members in padded_groups([len(a.prompt + a.answer) for a in answers], group_tokens):
         states = target.hidden([torch.tensor(answers[i].prompt + answers[i].answer)
                                 for i in members])  # fmt: skip
         context, following, continued, lengths = [], [], [], []
@@ -383,16 +386,6 @@ def replay(
         done += len(members)
         progress(done, len(answers))
     return outcomes
-
-
-def _groups(items: list[tuple[int, int]], limit: int) -> list[list[int]]:
-    """Indices of (index, length), shortest first, in groups of at most ``limit`` padded tokens."""
-    groups: list[list[int]] = []
-    for index, length in items:
-        if not groups or (len(groups[-1]) + 1) * length > limit:
-            groups.append([])
-        groups[-1].append(index)
-    return groups
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 
 from vllm_redrafter.training.errors import TrainingError, missing
+
+# Tokens of one pass, padding included: enough for a device to be busy, little for its memory.
+_PASS_TOKENS = 8192
 
 
 def quiet_transformers() -> None:
@@ -102,16 +106,22 @@ class Target:
 
     @torch.inference_mode()
     def hidden(self, sequences: list[Tensor]) -> list[Tensor]:
-        """Hidden states after the final norm: per sequence of ids ``[n]``, ``[n, H]``."""
-        longest = max(map(len, sequences))
-        # Padding on the right: no earlier position can see it, so it needs no mask.
-        ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
-        for row, tokens in zip(ids, sequences, strict=True):
-            row[: len(tokens)] = tokens
-        states = self._model.base_model(
-            input_ids=ids.to(self.device), use_cache=False
-        ).last_hidden_state
-        return [states[i, : len(tokens)] for i, tokens in enumerate(sequences)]
+        """Hidden states after the final norm: per sequence of ids ``[n]``, ``[n, H]``.
+
+        Several passes where there is much: sequences of like length together.
+        """
+        found: dict[int, Tensor] = {}
+        for members in padded_groups([len(tokens) for tokens in sequences], _PASS_TOKENS):
+            # Padding on the right: no earlier position can see it, so it needs no mask.
+            ids = torch.zeros(len(members), len(sequences[members[-1]]), dtype=torch.int64)
+            for row, i in zip(ids, members, strict=True):
+                row[: len(sequences[i])] = sequences[i]
+            states = self._model.base_model(
+                input_ids=ids.to(self.device), use_cache=False
+            ).last_hidden_state
+            # Views would keep the padding in memory.
+            found |= {i: states[at, : len(sequences[i])].clone() for at, i in enumerate(members)}
+        return [found[i] for i in range(len(sequences))]
 
     @torch.inference_mode()
     def probabilities(self, hidden: Tensor, head: Tensor) -> Tensor:
@@ -135,6 +145,19 @@ class Target:
             if norm is not None:
                 return norm
         return None
+
+
+def padded_groups(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Sequences, shortest first, in groups of at most ``limit`` tokens, padding included.
+
+    One that is longer than ``limit`` is a group of its own. A group's last is its longest.
+    """
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not groups or (len(groups[-1]) + 1) * lengths[i] > limit:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
 
 
 def tokenizer_sha256(directory: str | Path) -> str | None:
