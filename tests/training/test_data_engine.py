@@ -3,6 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 from engine_v1.tiny_target import write_target
 from training_cases import write_prompts
@@ -12,6 +20,8 @@ from vllm_redrafter.training.dataset import load_dataset
 from vllm_redrafter.training.errors import TrainingError
 from vllm_redrafter.training.generate import EngineProcess, Request, engine_env
 from vllm_redrafter.training.options import DataOptions
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
@@ -39,6 +49,43 @@ def test_an_engine_that_cannot_start_says_why(tmp_path):
             engine.generate([Request([1], 0.0, 4)], 0)
     finally:
         engine.stop()
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_engines_end_with_a_parent_that_was_killed(watched):
+    engine = (
+        "import os, sys, time; from vllm_redrafter.training.generate import end_with_parent; "
+        f"{'end_with_parent(0.05); ' if watched else ''}"
+        "print(os.getpid(), flush=True); time.sleep(60)"
+    )
+    parent = (
+        "import subprocess, sys; "
+        f"subprocess.run([sys.executable, '-c', {engine!r}], start_new_session=True)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    pid = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    try:
+        deadline = time.monotonic() + (20 if watched else 1)
+        while alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert alive(pid) != watched  # without the watch it lives on: the test can see it
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        process.stdout.close()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_engines_share_what_there_is(monkeypatch):

@@ -4,8 +4,8 @@
 What is known, and from where:
 
 * hidden size 576 (SmolLM2-135M): measured here, at a learning rate of 1e-3 with 2 blocks. In 20
-  minutes on one core, steps of 1,024 positions stood still and steps of 320 learnt; at that time the
-  positions of a step came from a few sequences only, so larger steps deserve another try. One
+  minutes on one core, steps of 1,024 positions stood still and steps of 320 learnt. At that time
+  the positions of a step came from few sequences, so larger steps deserve another try. One
   evaluation of a head of 8,192 rows takes a third of the time that the full one takes, or less.
 * hidden size 4,096 (Vicuna 7B): learning rate and blocks are those of Apple's training script. They
   were not tried here.

@@ -14,6 +14,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -196,9 +198,27 @@ def _serve(pipe: Connection) -> None:
             pipe.send(("error", f"{type(error).__name__}: {error}"))
 
 
+def end_with_parent(seconds: float = 1.0) -> None:
+    """Let this process and its group end soon after its parent, however the parent ended.
+
+    A parent that is killed stops nobody, and an engine looks at its pipe only between two shards,
+    minutes apart.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(seconds)
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
     # Only this module under its real name may define what travels through the pipe: objects of
     # `__main__` could not be unpickled by the parent.
     from vllm_redrafter.training.generate import _serve as serve
+    from vllm_redrafter.training.generate import end_with_parent
 
+    end_with_parent()
     serve(Connection(int(sys.argv[1])))
