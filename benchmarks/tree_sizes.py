@@ -10,10 +10,12 @@ Every setting is an engine in a process of its own and all take turns (see
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_redrafter.cli.demo import BUNDLED_DRAFTER
 from vllm_redrafter.demo.compare import Comparison, Settings, compare
+from vllm_redrafter.demo.engine_process import SpecCounters
 from vllm_redrafter.demo.prompts import chat_token_ids, mt_bench, spread
 from vllm_redrafter.demo.target import smollm2
 
@@ -58,9 +60,11 @@ def main() -> None:
         max_model_len=1024,
         kv_cache_bytes=256 << 20,
     )
-    prompts = chat_token_ids(spread(mt_bench(), args.prompts), target)
-    result = compare(target, variants, prompts, settings)
+    questions = spread(mt_bench(), args.prompts)
+    result = compare(target, variants, chat_token_ids(questions, target), settings)
     print(table(result))
+    if args.batch_size == 1:
+        print("\n" + category_table(result, [question.category for question in questions]))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         # Paths of the machine that measured say nothing to a reader.
@@ -88,6 +92,30 @@ def table(result: Comparison) -> str:
             f"| {name} | {summary.tokens_per_second:.1f} | {ratio} | {length} | "
             f"{summary.ms_per_step:.1f} |"
         )
+    return "\n".join(lines)
+
+
+def category_table(result: Comparison, categories: Sequence[str]) -> str:
+    """Markdown, one row per category: ratio to plain vLLM and acceptance length of each setting.
+
+    Args:
+        categories: of every prompt; at batch size 1 a prompt is a group of its own.
+    """
+    names = [name for name in result.variants if name != result.baseline]
+    lines = [
+        f"| ratio, acceptance length | prompts | {' | '.join(names)} |",
+        "| --- | --- |" + " --- |" * len(names),
+    ]
+    for category in dict.fromkeys(categories):
+        groups = {i for i, name in enumerate(categories) if name == category}
+        cells = []
+        for name in names:
+            spec = sum(
+                (run.result.spec for run in result.of(name) if run.group in groups), SpecCounters()
+            )
+            length = f"{1 + spec.accepted / spec.drafts:.2f}" if spec.drafts else "1"
+            cells.append(f"{result.ratio(name, groups).overall:.2f}, {length}")
+        lines.append(f"| {category} | {len(groups)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
