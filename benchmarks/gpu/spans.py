@@ -3,8 +3,9 @@
 
 A step begins when the runner begins it and ends when the next one begins, on the device's own time
 line. Its parts: ``verify`` (inputs, the target's forward pass, logits), ``sample`` (sampler, walk),
-``move`` (KV of the accepted path), ``draft`` (the next tree). ``decision`` is synthetic acceptance,
-inside of ``sample``. What is left is vLLM's own work between the parts, or waiting for the host.
+``move`` (KV of the accepted path; in ``sample`` where a CUDA graph holds both), ``draft`` (the next
+tree). ``decision`` is synthetic acceptance, inside of ``sample``. What is left is vLLM's own work
+between the parts, or waiting for the host.
 """
 
 from __future__ import annotations

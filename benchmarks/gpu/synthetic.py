@@ -166,11 +166,12 @@ class SyntheticAcceptance:
 
     def install(self, sampler: Any, clock: Any) -> None:
         """Put this between the sampler and the walk of one engine; ``clock`` times it apart."""
-        walk = sampler._walk
+        draw = sampler._draw
 
-        def decided(_: Any, drawn: Tensor, rows: Any) -> Any:
+        def decided(_: Any, rows: Any, want_logprobs: bool) -> Any:
+            drawn, processed = draw(rows, want_logprobs)
             with clock.span("decision"):
                 self.decide(drawn, rows.tokens, rows.ends, rows.slots)
-            return walk(drawn, rows)
+            return drawn, processed
 
-        sampler._walk = types.MethodType(decided, sampler)
+        sampler._draw = types.MethodType(decided, sampler)

@@ -138,6 +138,7 @@ def test_counters():
     stats = DeviceStats(4, CPU)
     drafted, accepted = torch.tensor([True, True, False]), torch.tensor([2, 0, 0])
     stats.observe(drafted, torch.tensor([5, 3, 1]), accepted)
+    stats.observe_step()
     stats.observe_moves(torch.tensor([[True, False], [True, True]]))
     summary = stats.summary()
     assert summary["drafts"] == 2 and summary["steps"] == 1 and summary["moves"] == 3

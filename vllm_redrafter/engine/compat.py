@@ -297,6 +297,8 @@ _V1 = (
 _V2 = (
     Hook("vllm.triton_utils:HAS_TRITON", "whether vLLM would choose Model Runner V2"),
     Hook("vllm.config:CUDAGraphMode.FULL", "steps whose attention a graph replays"),
+    Hook("vllm.config:CUDAGraphMode.FULL_DECODE_ONLY", "our own graphs' mode"),
+    Hook("vllm.config:CUDAGraphMode.decode_mode", "whether decode steps have full graphs"),
     Hook(
         "vllm.v1.attention.backend:AttentionCGSupport.UNIFORM_BATCH",
         "the steps that a full graph may hold",
@@ -347,12 +349,12 @@ _V2 = (
     ),
     Hook(
         "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.init_cudagraph_manager",
-        "overridden: graphs of the draft",
+        "overridden: graphs of our own",
         parameters=("cudagraph_mode",),
     ),
     Hook(
         "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.capture",
-        "overridden: graphs of the draft",
+        "overridden: graphs of our own",
     ),
     Hook(
         "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.propose",
@@ -434,7 +436,7 @@ _V2 = (
     ),
     Hook(
         "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager",
-        "the base class of what captures drafts",
+        "the base class of what captures drafts, and what follows the sampler",
         parameters=("vllm_config", "device", "cudagraph_mode", "decode_query_len"),
     ),
     Hook(
@@ -444,8 +446,13 @@ _V2 = (
     ),
     Hook(
         "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.run_fullgraph",
-        "called: replays a draft",
+        "called: replays one",
         parameters=("desc",),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.cudagraph_utils:profile_cudagraph_memory",
+        "lets go of graphs, after measuring, that are attributes of the speculator",
+        parameters=("runner",),
     ),
     Hook(
         "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor",

@@ -69,6 +69,8 @@ class EmulatedGraph(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         assert func._schema.name not in OPAQUE, f"{func} cannot be captured here"
+        if func._schema.name.startswith(("c10d::", "_c10d_functional::")):
+            raise RuntimeError(f"a captured region waits for other ranks: {func}")
         if func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::item"):
             raise RuntimeError(f"a captured region reads the device: {func}")
         given = {

@@ -12,7 +12,7 @@ from engine_v1.engines import Comparison
 from engine_v1.oracle import Oracle, request_tree
 from engine_v1.tiny_target import EOS
 
-from vllm_redrafter.engine.v2.stats import DeviceStats
+from vllm_redrafter.engine.metrics import ReDrafterStats
 from vllm_redrafter.ops.build_tree import _padded
 from vllm_redrafter.tree.tree import NO_PARENT, Tree
 
@@ -57,8 +57,7 @@ class Engine:
             assert self.llm.reset_prefix_cache()
         if not self.verifies_trees:
             return
-        fresh = DeviceStats(self.most_nodes, torch.device("cpu"))
-        self.state.stats = self.state.tree_sampler.stats = fresh
+        forget(self.state.stats)
         self.speculator._draft_trees = (
             self.drafts_itself
             if drafter is None
@@ -71,6 +70,14 @@ class Engine:
     def generate(self, prompts, params):
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         return self.llm.generate(requests, params, use_tqdm=False)
+
+
+def forget(stats):
+    """Count from nothing, where CUDA graphs count too."""
+    for value in vars(stats).values():
+        if isinstance(value, torch.Tensor):
+            value.zero_()
+    stats.host = ReDrafterStats()
 
 
 def engine(model, drafter=None, **settings):

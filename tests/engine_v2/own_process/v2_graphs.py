@@ -14,10 +14,13 @@ from engine_v1.engines import answers
 from engine_v1.tiny_target import prompts
 from vllm import SamplingParams
 from vllm.config import CUDAGraphMode
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 
 from engine_v2.own_process.emulated_graphs import Address, EmulatedGraph, GoneError, patch_torch
 from engine_v2.own_process.engines import engine
+from engine_v2.own_process.host_reads import HostReads
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16)
 SIZES = (1, 2, 4, 8)  # requests
@@ -25,7 +28,7 @@ SIZES = (1, 2, 4, 8)  # requests
 
 @pytest.fixture
 def captured(monkeypatch):
-    """Within it, the engine with trees has full graphs; gives their manager."""
+    """Within it, the engine has graphs of steps, drafts and accepting; gives the steps' manager."""
 
     @contextlib.contextmanager
     def capture(pair, sizes=SIZES):
@@ -47,9 +50,38 @@ def captured(monkeypatch):
                 runner.model, runner.model_state, runner.input_buffers, None,
                 runner.block_tables, runner.attn_groups, runner.kv_cache_config,
             )  # fmt: skip
-            yield manager
+            speculator = pair.trees.speculator
+            speculator.init_cudagraph_manager(CUDAGraphMode.FULL_DECODE_ONLY)
+            try:
+                speculator.capture()
+                yield manager
+            finally:
+                speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
+                assert pair.trees.state.tree_sampler.graphs() is None
 
     return capture
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Starts a list of (requests, whether nothing was left to the host) of the steps with trees."""
+
+    def watch(pair):
+        sampler, steps = pair.trees.state.tree_sampler, []
+        accept = sampler._accept
+
+        def noting(parts, rows, dims, batch):
+            steps.append((len(rows.slots_np), dims is None and rows.invalid is None))
+            return accept(parts, rows, dims, batch)
+
+        monkeypatch.setattr(sampler, "_accept", noting)
+        return steps
+
+    return watch
+
+
+def accepted_by_graph(pair):
+    return replays(pair.trees.speculator._accept_graphs)
 
 
 def replays(manager):
@@ -62,24 +94,34 @@ def run(pair, count, **settings):
 
 def test_equal_to_plain_vllm(pair, captured):
     """A batch of 6 is padded to 8; prompts, and drafts that are cut, run without a graph."""
+    seen = {}
     with captured(pair) as manager:
         for count in (6, 1):
             outcome = run(pair, count)
             outcome.assert_equal()
             outcome.assert_saw_trees(moves=3, accepted=1.5)
             assert replays(manager)[8 if count == 6 else 1] > 2
+            seen[count] = accepted_by_graph(pair), pair.trees.stats["steps"]
+    assert set(seen[6][0]) == set(SIZES) and seen[6][0][8] > 2 < seen[1][0][1]
+    # Every step with trees, whether the target's graph served it or not.
+    assert sum(seen[6][0].values()) == seen[6][1]
+    assert sum(seen[1][0].values()) == seen[6][1] + seen[1][1]
     assert set(replays(manager)) == set(SIZES)
 
 
-def test_trees_beside_prompts(make_pair, captured):
+def test_trees_beside_prompts(make_pair, captured, watched):
     """Steps with and without a graph take turns over the same buffers."""
     pair = make_pair(max_num_batched_tokens=72)
+    steps = watched(pair)
     with captured(pair, sizes=(1, 2, 4)) as manager:
         outcome = pair.run(prompts(6, shortest=40, longest=120, seed=3), GREEDY)
         graphs = sum(replays(manager).values())
+        accepting = sum(accepted_by_graph(pair).values())
     outcome.assert_equal()
     outcome.assert_saw_trees(moves=10)
     assert 5 < graphs < pair.trees.stats["steps"] - 2
+    # What is accepted by graph may stand beside prompts; for more than 4 requests there is none.
+    assert accepting == sum(requests <= 4 for requests, _ in steps) >= graphs
 
 
 def test_drafts_by_graph(pair, target, taught_drafter, captured, monkeypatch):
@@ -92,22 +134,52 @@ def test_drafts_by_graph(pair, target, taught_drafter, captured, monkeypatch):
     pair.plain.reset()
     expected = answers(pair.plain.generate(batch, GREEDY))
     with captured(SimpleNamespace(trees=trees)):
-        speculator.init_cudagraph_manager(CUDAGraphMode.FULL_DECODE_ONLY)
-        speculator.capture()
         graphs = speculator._graphs
-        try:
-            trees.reset()
+        trees.reset()
+        with HostReads() as reads:
             assert answers(trees.generate(batch, GREEDY)) == expected
-            good, replayed = trees.stats, replays(graphs)
-            monkeypatch.setattr(graphs.buffers, "known", graphs.buffers.known.clone())
-            trees.reset()
-            assert answers(trees.generate(batch, GREEDY)) == expected
-            stale = trees.stats
-        finally:
-            speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
+        good, replayed = trees.stats, replays(graphs)
+        monkeypatch.setattr(graphs.buffers, "known", graphs.buffers.known.clone())
+        trees.reset()
+        assert answers(trees.generate(batch, GREEDY)) == expected
+        stale = trees.stats
+    assert reads.found == []
     assert set(replayed) == set(SIZES) and replayed[8] > 2, replayed
     assert good["acceptance_length"] > 1.5, good
     assert stale["acceptance_length"] < good["acceptance_length"] - 0.3, stale
+
+
+def test_what_the_host_decides_runs_without_a_graph(pair, captured, watched, monkeypatch):
+    """Logprobs and grammars; draws in parts do not matter."""
+    monkeypatch.setattr(pair.trees.state.tree_sampler, "max_chunk_rows", 33)
+    grammar = StructuredOutputsParams(regex="[a-d]{8}")
+    kinds = {
+        "parts": {"seed": 3},
+        "logprobs": {"temperature": 0, "logprobs": 2},
+        "grammar": {"temperature": 0, "structured_outputs": grammar},
+    }
+    steps = watched(pair)
+    with captured(pair):
+        for name, kind in kinds.items():
+            before = sum(accepted_by_graph(pair).values())
+            steps.clear()
+            outcome = pair.run(prompts(3), SamplingParams(max_tokens=8, **kind))
+            outcome.assert_equal()
+            by_graph = sum(accepted_by_graph(pair).values()) - before
+            assert by_graph == sum(free for _, free in steps)
+            # When all grammars have ended, a step that was begun before has none.
+            assert by_graph == len(steps) > 1 if name == "parts" else by_graph < len(steps) - 1
+
+
+@pytest.mark.parametrize("what", ["drawn", "row_slots"])
+def test_a_buffer_of_accepting_that_moves_is_seen(pair, captured, monkeypatch, what):
+    with captured(pair):
+        buffers = pair.trees.speculator._accept_graphs.buffers
+        with monkeypatch.context() as patch:
+            kept = getattr(buffers, what)
+            patch.setattr(buffers, what, kept.clone())
+            assert not run(pair, 3).equal
+        assert max(accepted_by_graph(pair).values()) > 3
 
 
 @pytest.mark.parametrize("what", ["context_lens", "masks"])
@@ -138,8 +210,9 @@ def test_a_buffer_that_is_gone_is_seen(pair, captured, monkeypatch):
                 graph.replay()
 
 
-def test_the_emulation():
-    """It sees views, writes, moved and dead tensors, and host reads."""
+def test_the_emulation(pair):
+    """It sees views, writes, moved and dead tensors, host reads, and messages between ranks."""
+    group = get_tp_group().device_group
     x, y = torch.ones(4), torch.zeros(4)
     scale = torch.tensor(3.0)
     graph = EmulatedGraph()
@@ -155,4 +228,6 @@ def test_the_emulation():
         graph.replay()
     with pytest.raises(RuntimeError, match="reads the device"), EmulatedGraph():
         y.sum().item()
+    with pytest.raises(RuntimeError, match="waits for other ranks"), EmulatedGraph():
+        torch.distributed.broadcast(y, src=0, group=group)
     assert Address.of(y).tensor().data_ptr() == y.data_ptr()

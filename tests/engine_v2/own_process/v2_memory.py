@@ -3,7 +3,9 @@
 
 import torch
 
-OWNERS = ("TreeStore", "StepRows", "DeviceStats", "DraftBuffers", "InputBuffers")
+OWNERS = (
+    "TreeStore", "StepRows", "DeviceStats", "DraftBuffers", "AcceptBuffers", "InputBuffers",
+)  # fmt: skip
 
 
 def tensors_of(*owners):
@@ -36,6 +38,14 @@ def test_the_formula_counts_what_an_engine_holds(pair):
     own = {name: value for name, value in vars(speculator).items() if name != "model"}
     held = tensors_of(state.trees, state.stats, state._positions, rows, kept, own)
     assert held == speculator.extra_memory().buffers
+
+
+def test_caches_of_the_profile_run_are_let_go(pair, monkeypatch):
+    """vLLM calls ``set_attn`` before it makes the real cache."""
+    speculator, state, runner = pair.trees.speculator, pair.trees.state, pair.trees.runner
+    monkeypatch.setattr(state, "movers", state.movers)
+    speculator.set_attn(state, runner.kv_cache_config, None, None, None)
+    assert state.movers == []
 
 
 def test_the_profile_run_sees_the_widest_step(pair, monkeypatch):

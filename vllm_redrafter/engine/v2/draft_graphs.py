@@ -2,7 +2,10 @@
 """CUDA graphs of the draft and of the trees from it, one per number of requests.
 
 A draft is dozens of small kernels, which cost more to launch than to run; a graph launches them at
-once. vLLM's manager captures and measures it with the target's. Not run on a GPU yet.
+once. With tensor parallelism every rank has such graphs of its own draft, and the first rank's
+trees are sent outside of them, on purpose (``first_rank``): gloo sends through the host, which no
+capture allows; NCCL can be captured, but ranks that ever replayed different graphs would then wait
+for each other for ever, and one launch is all that it would save. Not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -12,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import CUDAGraphMode
-from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
+from vllm_redrafter.engine.v2.request_graphs import RequestGraphs
 from vllm_redrafter.tree.tree import Tree, mask_words
 
 # (context [B, H], known tokens [B] int64) -> trees of N + 1 columns, and their masks.
@@ -62,7 +64,7 @@ class DraftBuffers:
         return tree, self.masks[:requests]
 
 
-class DraftGraphs(CudaGraphManager):
+class DraftGraphs(RequestGraphs):
     """Drafts by graph where one was captured, else by ``draft`` itself.
 
     Args:
@@ -75,18 +77,12 @@ class DraftGraphs(CudaGraphManager):
     def __init__(
         self, vllm_config: Any, device: torch.device, draft: DraftTrees, buffers: DraftBuffers
     ) -> None:
-        # A request is one row here.
-        super().__init__(vllm_config, device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=1)
+        def run(requests: int) -> None:
+            self.buffers.run(draft, requests)
+
+        super().__init__(vllm_config, device, run, "Capturing ReDrafter's draft")
         self.draft = draft
         self.buffers = buffers
-
-    def capture_drafts(self) -> None:
-        """Capture all sizes, after a warm-up each."""
-
-        def create_forward_fn(desc: Any, warmup: bool) -> Callable[[Any], None]:
-            return lambda mode: self.buffers.run(self.draft, desc.num_reqs)
-
-        self.capture(create_forward_fn, "Capturing ReDrafter's draft")
 
     def __call__(self, context: Tensor, known: Tensor) -> tuple[Tree, Tensor]:
         """As ``draft``; a result is overwritten by the next call.
@@ -96,8 +92,8 @@ class DraftGraphs(CudaGraphManager):
             known: ``[B]`` int64.
         """
         requests = known.shape[0]
-        desc = self.dispatch(requests, requests, uniform_token_count=1, num_active_loras=0)
-        if desc.cg_mode != CUDAGraphMode.FULL:
+        desc = self.find(requests)
+        if desc is None:
             return self.draft(context, known)
         # Requests that fill up the graph's number keep what earlier ones left: nobody looks.
         self.buffers.context[:requests].copy_(context)

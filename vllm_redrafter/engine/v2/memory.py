@@ -106,13 +106,16 @@ def _buffers(options: ReDrafterOptions, slots: int, max_rows: int) -> int:
     trees = slots * (rows * (2 + words) + 2) * 8 + rows * (words + 1) * 8
     # Known token and node count, tokens, parents, depths and masks, for graphs of the draft.
     draft = slots * (2 + rows * (3 + words)) * 8
+    # Slots, ends and results per request, paths; tokens, draws, KV slots, emitted tokens per row.
+    # For one KV cache group, which targets with one kind of layer have.
+    accept = (slots * (6 + nodes) + 1 + slots * rows * 4) * 8
     step = slots * (2 + 2 * len(options.row_counts(slots))) * 4 + max_rows * words * 8
     stats = (rows + 3) * 8
     positions = max_rows * 8
     # Of vLLM's class for draft models, which ours extends.
     vllm_inputs = max_rows * (4 + 8 + 1) + (3 * slots + 1) * 4
     vllm_requests = slots * (8 + 4 + 8 + 1) + slots * nodes * (8 + 4)
-    return trees + draft + step + stats + positions + vllm_inputs + vllm_requests
+    return trees + draft + accept + step + stats + positions + vllm_inputs + vllm_requests
 
 
 def draft_bytes(options: ReDrafterOptions, drafter: DrafterConfig, batch: int, element: int) -> int:

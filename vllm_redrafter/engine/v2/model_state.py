@@ -3,7 +3,8 @@
 
 In the runner's order: ``add_request``; then each step ``prepare_attn`` (which rows hold trees),
 ``prepare_inputs`` (positions by depth), the forward pass, ``TreeSampler``, and
-``postprocess_state`` (the accepted path's KV moves behind its root). None reads the device.
+``postprocess_state`` (the accepted path's KV moves behind its root, where no CUDA graph has moved
+it with the walk). None reads the device.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm_redrafter.engine.checks import UnsupportedError
 from vllm_redrafter.engine.engine_args import options_of
 from vllm_redrafter.engine.tree_step import STEP_ATTRIBUTE, TreeStep
+from vllm_redrafter.engine.v2.accept import kv_moves
 from vllm_redrafter.engine.v2.attention import take_over
 from vllm_redrafter.engine.v2.fallback import shape_of_request
 from vllm_redrafter.engine.v2.sampler import Step, TreeSampler
@@ -162,18 +164,10 @@ class TreeModelState(DefaultModelState):
         num_computed_tokens: Tensor | None = None,
     ) -> None:
         step = self.step
-        if step is None or step.walk is None:
+        if step is None or step.walk is None or step.kv_moved:
             return
         assert step.slot_mappings is not None and step.root_rows is not None
-        path = step.walk.path
-        depth = torch.arange(1, path.shape[1] + 1, device=path.device)
-        moved = (path > 0) & (path != depth)
-        root = step.root_rows[:, None]
-        last = step.slot_mappings.shape[1] - 1
-        source = (root + path).clamp_(min=0, max=last).flatten()
-        target = (root + depth).clamp_(max=last).flatten()
-        for group, mover in enumerate(self.movers):
-            slots = step.slot_mappings[group].long()
-            keep = moved.flatten()
-            mover(torch.where(keep, slots[source], -1), torch.where(keep, slots[target], -1))
+        sources, targets, moved = kv_moves(step.walk.path, step.root_rows, step.slot_mappings)
+        for mover, source, target in zip(self.movers, sources, targets, strict=False):
+            mover(source, target)
         self.stats.observe_moves(moved)

@@ -9,8 +9,9 @@ is the target's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,12 +23,14 @@ from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
+from vllm_redrafter.engine.v2.accept import Accepted, accept, path_nodes
 from vllm_redrafter.engine.v2.sample_rows import SampleRows
 from vllm_redrafter.engine.v2.stats import DeviceStats
 from vllm_redrafter.engine.v2.tree_store import TreeStore
-from vllm_redrafter.ops.walk import walk
-from vllm_redrafter.tree.tree import Tree
 from vllm_redrafter.tree.walk import Walk
+
+if TYPE_CHECKING:
+    from vllm_redrafter.engine.v2.accept_graphs import AcceptGraphs
 
 
 @dataclass
@@ -39,22 +42,14 @@ class Step:
         walk: set by the sampler when the step held drafts.
         slot_mappings: ``[groups, T]`` int64, where the step's rows are in the KV cache.
         root_rows: ``[B]`` int64, query row of every request's root.
+        kv_moved: a graph has moved the accepted paths' KV already.
     """
 
     positions: Tensor
     walk: Walk | None = None
     slot_mappings: Tensor | None = None
     root_rows: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Sampled:
-    """Of some requests: see ``TreeSampler._walk``; and their logprobs, if any are wanted."""
-
-    found: Walk
-    emitted: Tensor
-    num_nodes: Tensor
-    logprobs: Any
+    kv_moved: bool = False
 
 
 class TreeSampler:
@@ -73,6 +68,9 @@ class TreeSampler:
         self.step: Step | None = None
         # The most logits rows that are sampled at once; None is what vLLM's own samplers take.
         self.max_chunk_rows: int | None = None
+        # Graphs of what follows the draws, if there are any. Not held here: vLLM lets go of those
+        # of its profile run, with all that they hold, where it finds them.
+        self.graphs: Callable[[], AcceptGraphs | None] = lambda: None
 
     def __call__(
         self,
@@ -99,37 +97,91 @@ class TreeSampler:
         rows = SampleRows.of(logits, input_batch, self.step.positions, invalid_drafts)
         dims = sampler.get_logprobs_dims(input_batch.idx_mapping_np)
         most = self.max_chunk_rows or get_max_chunk_logits(logits.shape[1])
-        parts = [self._sample(part, dims) for part in rows.chunks(most)]
-        found = _joined([part.found for part in parts])
-        num_nodes = torch.cat([part.num_nodes for part in parts])
-        self.stats.observe(num_nodes > 1, num_nodes, found.num_accepted)
-        self.step.walk = found
+        found, logprobs = self._accept(list(rows.chunks(most)), rows, dims, input_batch)
+        self.stats.observe_step()
+        self.step.walk = found.walk
         num_sampled, num_rejected = get_num_sampled_and_rejected(
-            (found.num_accepted + 1).int(),
+            (found.walk.num_accepted + 1).int(),
             input_batch.seq_lens,
             input_batch.cu_num_logits,
             input_batch.idx_mapping,
             sampler.req_states.prefill_len.gpu,
         )
-        logprobs = None
+        logprobs_tensors = None
         if dims is not None:
             several = logits.shape[0] != input_batch.num_reqs
-            logprobs = LogprobsTensors.cat(
-                [part.logprobs for part in parts],
+            logprobs_tensors = LogprobsTensors.cat(
+                logprobs,
                 input_batch.cu_num_logits_np.tolist() if several else None,
             )
         return SamplerOutput(
-            sampled_token_ids=torch.cat([part.emitted for part in parts]),
-            logprobs_tensors=logprobs,
+            sampled_token_ids=found.emitted,
+            logprobs_tensors=logprobs_tensors,
             num_nans=num_nans,
             num_sampled=num_sampled,
             num_rejected=num_rejected,
         )
 
-    def _sample(self, rows: SampleRows, dims: tuple[int, int] | None) -> _Sampled:
+    def _accept(
+        self,
+        parts: list[SampleRows],
+        rows: SampleRows,
+        dims: tuple[int, int] | None,
+        input_batch: Any,
+    ) -> tuple[Accepted, list[Any]]:
+        """What is accepted, and every part's logprobs if any are wanted.
+
+        Args:
+            parts: what is sampled at once.
+            rows: all of them together.
+            dims: of the logprobs; None for none.
+            input_batch: vLLM's ``InputBatch``.
+        """
+        assert self.step is not None
+        graphs = self.graphs() if dims is None and rows.invalid is None else None
+        desc = None if graphs is None else graphs.find(rows.slots.shape[0])
+        if graphs is not None and desc is not None:
+            assert self.step.slot_mappings is not None
+            start = 0
+            for part in parts:
+                # Processed logits are let go of before the next part's are made.
+                drawn = self._draw(part, want_logprobs=False)[0]
+                graphs.buffers.drawn[start : start + drawn.shape[0]].copy_(drawn)
+                start += drawn.shape[0]
+            row_slots = self.step.slot_mappings[:, input_batch.logits_indices]
+            self.step.kv_moved = True
+            return graphs(desc, rows, row_slots), []
+        done = [self._sample(part, dims) for part in parts]
+        found = _joined([part for part, _ in done])
+        self.stats.observe(found.num_nodes > 1, found.num_nodes, found.walk.num_accepted)
+        return found, [logprobs for _, logprobs in done]
+
+    def _sample(self, rows: SampleRows, dims: tuple[int, int] | None) -> tuple[Accepted, Any]:
         """Draw and walk for some requests; what holds their processed logits ends here."""
-        sampler = self.sampler
-        drawn, processed = sampler.sample(
+        drawn, processed = self._draw(rows, want_logprobs=dims is not None)
+        first = rows.ends[:-1].long()
+        scheduled = rows.ends[1:].long() - first
+        if rows.invalid is not None:
+            # Grammars check a draft from its start, so what is valid is a prefix.
+            owner = self._owner(scheduled, drawn.shape[0])
+            valid = torch.zeros_like(scheduled)
+            scheduled = valid.index_add_(0, owner, (~rows.invalid).long())
+        found = accept(self.trees, rows.slots, rows.tokens, drawn, first, scheduled)
+        logprobs = None
+        if dims is not None:
+            by_processed = self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
+            logits = processed if by_processed else rows.logits
+            logprobs = self._logprobs(logits, found.emitted, found.walk, rows, dims)
+        return found, logprobs
+
+    def _draw(self, rows: SampleRows, want_logprobs: bool) -> tuple[Tensor, Tensor]:
+        """``[rows]`` int64, the target's token at every row; and the processed logits.
+
+        Args:
+            rows: of some requests.
+            want_logprobs: whether processed logits will be looked at.
+        """
+        return self.sampler.sample(
             rows.logits,
             rows.row_slots,
             rows.slots,
@@ -138,41 +190,8 @@ class TreeSampler:
             rows.tokens,
             rows.row_nodes,
             rows.seq_lens_np,
-            return_logprobs=dims is not None,
+            return_logprobs=want_logprobs,
         )
-        found, emitted, num_nodes = self._walk(drawn, rows)
-        logprobs = None
-        if dims is not None:
-            by_processed = sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
-            logits = processed if by_processed else rows.logits
-            logprobs = self._logprobs(logits, emitted, found, rows, dims)
-        return _Sampled(found, emitted, num_nodes, logprobs)
-
-    def _walk(self, drawn: Tensor, rows: SampleRows) -> tuple[Walk, Tensor, Tensor]:
-        """The accepted paths, ``[B, N + 1]`` emitted tokens (0 behind the last), ``[B]`` nodes.
-
-        Args:
-            drawn: ``[rows]`` int64, the target's token at every row.
-            rows: of the same requests.
-        """
-        trees, slots = self.trees, rows.slots
-        first = rows.ends[:-1].long()
-        scheduled = rows.ends[1:].long() - first
-        if rows.invalid is not None:
-            # Grammars check a draft from its start, so what is valid is a prefix.
-            owner = self._owner(scheduled, drawn.shape[0])
-            valid = torch.zeros_like(scheduled)
-            scheduled = valid.index_add_(0, owner, (~rows.invalid).long())
-        # The scheduler may have cut a draft to its first nodes; they are a tree of their own.
-        num_nodes = trees.num_nodes[slots].minimum(scheduled)
-        columns = torch.arange(trees.nodes + 1, device=drawn.device)
-        at = (first[:, None] + columns).clamp_(max=drawn.shape[0] - 1)
-        tree = Tree(rows.tokens[at].long(), trees.parents[slots], trees.depths[slots], num_nodes)
-        drawn = drawn[at]
-        found = walk(tree, drawn, max_depth=trees.nodes)
-        emitted = drawn.gather(1, path_nodes(found))
-        emitted = torch.where(columns <= found.num_accepted[:, None], emitted, 0)
-        return found, emitted, num_nodes
 
     def _logprobs(
         self, logits: Tensor, emitted: Tensor, found: Walk, rows: SampleRows, dims: tuple[int, int]
@@ -203,14 +222,13 @@ class TreeSampler:
         return torch.repeat_interleave(batch, counts, output_size=rows)
 
 
-def path_nodes(found: Walk) -> Tensor:
-    """``[B, D + 1]`` int64: the root, then the accepted nodes; 0 behind the last."""
-    root = torch.zeros_like(found.last_node)[:, None]
-    return torch.cat([root, found.path.clamp(min=0)], 1)
-
-
-def _joined(walks: list[Walk]) -> Walk:
+def _joined(parts: list[Accepted]) -> Accepted:
     """Of consecutive requests, with paths of one width."""
-    if len(walks) == 1:
-        return walks[0]
-    return Walk(**{name: torch.cat([getattr(w, name) for w in walks]) for name in vars(walks[0])})
+    if len(parts) == 1:
+        return parts[0]
+    names = ("path", "num_accepted", "last_node", "next_token")
+    return Accepted(
+        walk=Walk(**{name: torch.cat([getattr(p.walk, name) for p in parts]) for name in names}),
+        emitted=torch.cat([part.emitted for part in parts]),
+        num_nodes=torch.cat([part.num_nodes for part in parts]),
+    )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from vllm_redrafter.engine.checks import UnsupportedError
 from vllm_redrafter.engine.engine_args import options_of
 from vllm_redrafter.engine.first_rank import differ, first_ranks_trees, several_ranks
 from vllm_redrafter.engine.target_tables import target_tables
+from vllm_redrafter.engine.v2.accept_graphs import AcceptBuffers, AcceptGraphs
 from vllm_redrafter.engine.v2.draft import Draft, make_draft
 from vllm_redrafter.engine.v2.draft_graphs import DraftBuffers, DraftGraphs
 from vllm_redrafter.engine.v2.memory import ExtraMemory, extra_memory, widest_step
@@ -45,6 +47,7 @@ class ReDrafterSpeculator(DraftModelSpeculator):
         self._draft: Draft | None = None
         # vLLM drops graph managers that it finds here after it has measured them.
         self._graphs: DraftGraphs | None = None
+        self._accept_graphs: AcceptGraphs | None = None
         self._draft_buffers = DraftBuffers(
             self.max_num_reqs,
             self.options.num_speculative_tokens,
@@ -52,7 +55,12 @@ class ReDrafterSpeculator(DraftModelSpeculator):
             vllm_config.model_config.dtype,
             device,
         )
+        self._accept_buffers = self._make_accept_buffers(groups=1)
         self._several_ranks = several_ranks()
+
+    def _make_accept_buffers(self, groups: int) -> AcceptBuffers:
+        nodes = self.options.num_speculative_tokens
+        return AcceptBuffers(self.max_num_reqs, nodes, groups, self.device)
 
     # -- start-up --------------------------------------------------------------------------
 
@@ -108,18 +116,26 @@ class ReDrafterSpeculator(DraftModelSpeculator):
         target_attn_groups: Any,
     ) -> None:
         self.model_state = model_state
+        # Of vLLM's profile run; they would keep its KV cache until the real one is there.
+        model_state.movers = []
+        groups = len(kv_cache_config.kv_cache_groups)
+        if groups != self._accept_buffers.row_slots.shape[0]:
+            self._accept_buffers = self._make_accept_buffers(groups)
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
-        """Drafts get graphs where decode steps of the target have full ones."""
-        self._graphs = None
+        """Accepting and drafting get graphs where decode steps of the target have full ones."""
+        self._graphs = self._accept_graphs = None
         if cudagraph_mode.decode_mode() == CUDAGraphMode.FULL:
-            self._graphs = DraftGraphs(
-                self.vllm_config, self.device, self._draft_and_build, self._draft_buffers
-            )
+            config, device, state = self.vllm_config, self.device, self.model_state
+            self._graphs = DraftGraphs(config, device, self._draft_and_build, self._draft_buffers)
+            self._accept_graphs = AcceptGraphs(config, device, state, self._accept_buffers)
+            if state.tree_sampler is not None:
+                state.tree_sampler.graphs = weakref.ref(self._accept_graphs)
 
     def capture(self) -> None:
-        if self._graphs is not None:
-            self._graphs.capture_drafts()
+        for graphs in (self._graphs, self._accept_graphs):
+            if graphs is not None:
+                graphs.capture_all()
 
     # -- every step ------------------------------------------------------------------------
 

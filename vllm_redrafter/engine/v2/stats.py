@@ -14,6 +14,8 @@ from vllm_redrafter.engine.metrics import ReDrafterStats
 class DeviceStats:
     """What ``ReDrafterStats`` counts, without a host read per step.
 
+    CUDA graphs add to the tensors: they stay where they are.
+
     Attributes:
         accepted: ``[N + 1]`` int64, how many drafts had that many nodes accepted.
         nodes: ``[1]`` int64, drafted nodes verified.
@@ -29,15 +31,18 @@ class DeviceStats:
         self.replaced = torch.zeros(1, dtype=torch.int64, device=device)
         self.host = ReDrafterStats()
 
+    def observe_step(self) -> None:
+        """One step was verified. Of the host, and so not in what a CUDA graph replays."""
+        self.host.steps += 1
+
     def observe(self, drafted: Tensor, num_nodes: Tensor, num_accepted: Tensor) -> None:
-        """One step was verified.
+        """What one step verified; the step itself is counted by ``observe_step``.
 
         Args:
             drafted: ``[B]`` bool, requests that had at least one node.
             num_nodes: ``[B]`` int64, counting the root.
             num_accepted: ``[B]`` int64.
         """
-        self.host.steps += 1
         self.accepted.index_add_(0, num_accepted, drafted.long())
         self.nodes += (num_nodes - 1).sum()
 

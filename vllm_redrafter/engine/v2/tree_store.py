@@ -33,6 +33,7 @@ class TreeStore:
         masks: ``[R, N + 1, words]`` int64, ancestor-or-self bits of every node.
         num_nodes: ``[R]`` int64, counting the root; 1 where nothing was drafted.
         shape: ``[R]`` int64, a ``Shape`` per slot.
+        columns: ``[N + 1]`` int64, 0 to N.
     """
 
     def __init__(self, slots: int, nodes: int, device: torch.device) -> None:
@@ -44,7 +45,7 @@ class TreeStore:
         self.masks = self.alone.repeat(slots, 1, 1)
         self.num_nodes = torch.ones(slots, dtype=torch.int64, device=device)
         self.shape = torch.full((slots,), int(Shape.TREE), dtype=torch.int64, device=device)
-        self._columns = torch.arange(rows, device=device)
+        self.columns = torch.arange(rows, device=device)
 
     def reset(self, slot: int, shape: Shape) -> None:
         """A new request takes ``slot``; until it has drafted, its tree is the root alone."""
@@ -66,7 +67,7 @@ class TreeStore:
         Returns:
             ``[B, N]`` int64, the tokens of the drafted nodes; 0 in padding.
         """
-        parents, columns = tree.parents, self._columns
+        parents, columns = tree.parents, self.columns
         shape = self.shape[slots]
         # Nodes are in topological order, best chain first: the leading nodes whose parent is the
         # node before them are that chain.
