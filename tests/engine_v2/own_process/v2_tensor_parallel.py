@@ -5,14 +5,14 @@ import importlib
 import types
 
 import pytest
-import torch
 from engine_v1.engines import answers
 from engine_v1.ranks import RankedEngine
 from engine_v1.tiny_target import EOS, prompts
 from vllm import SamplingParams
+from vllm.config import CUDAGraphMode
 
-from engine_v2.own_process.engines import V2Oracle
-from vllm_redrafter.engine.v2.stats import DeviceStats
+from engine_v2.own_process.emulated_graphs import patch_torch
+from engine_v2.own_process.engines import V2Oracle, forget
 
 NODES = 10
 KINDS = [{"temperature": 0}, {"temperature": 1.0, "seed": 1, "top_p": 0.9, "top_k": 40}]
@@ -24,16 +24,39 @@ def prepare(worker):
 
 
 def reset(worker, oracles, agree):
-    """In every worker: forget counters; ``oracles[rank]`` drafts."""
+    """In every worker: forget counters; ``oracles[rank]`` drafts, or the drafter."""
     runner = worker.model_runner
-    state, speculator = runner.model_state, runner.speculator
-    state.stats = state.tree_sampler.stats = DeviceStats(NODES, torch.device("cpu"))
+    speculator = runner.speculator
+    forget(runner.model_state.stats)
     speculator._several_ranks = agree
-    view = types.SimpleNamespace(runner=runner, most_nodes=NODES)
-    oracle = oracles[worker.rank]
-    speculator._draft_trees = lambda context, known, batch: oracle.draft(
-        view, context, known, batch
-    )
+    vars(speculator).pop("_draft_trees", None)
+    if oracles is not None:
+        view = types.SimpleNamespace(runner=runner, most_nodes=NODES)
+        oracle = oracles[worker.rank]
+        speculator._draft_trees = lambda context, known, batch: oracle.draft(
+            view, context, known, batch
+        )
+
+
+def capture(worker):
+    """In every worker: emulated graphs of drafting and accepting, which refuse to hold messages."""
+    runner = worker.model_runner
+    compilation = runner.vllm_config.compilation_config
+    with pytest.MonkeyPatch.context() as patch:
+        patch_torch(patch)
+        patch.setattr(compilation, "cudagraph_capture_sizes", [1, 2, 4])
+        patch.setattr(compilation, "max_cudagraph_capture_size", 4)
+        runner.speculator.init_cudagraph_manager(CUDAGraphMode.FULL_DECODE_ONLY)
+        runner.speculator.capture()
+
+
+def replayed(worker):
+    """In every worker: how many drafts, and how many steps accepted, by graph."""
+    speculator = worker.model_runner.speculator
+    return [
+        sum(graph.replays for graph in graphs.graphs.values())
+        for graphs in (speculator._graphs, speculator._accept_graphs)
+    ]
 
 
 @pytest.mark.slow
@@ -54,7 +77,7 @@ def test_two_ranks(target, drafter):
     trees.each_rank(prepare)
 
     def run(seeds, agree):
-        oracles = [V2Oracle(expected, NODES, range(EOS), seed=seed) for seed in seeds]
+        oracles = seeds and [V2Oracle(expected, NODES, range(EOS), seed=s) for s in seeds]
         trees.each_rank(reset, oracles, agree)
         outputs = trees.generate(batch, params)
         return answers(outputs), trees.stats
@@ -71,4 +94,14 @@ def test_two_ranks(target, drafter):
 
     assert run((0, 0), False)[0] == answers(expected)
     assert run((0, 1), False)[0] != answers(expected), "the control sees nothing"
+
+    # By graphs, outside of which the first rank's trees are sent.
+    trees.each_rank(capture)
+    agreed, stats = run((0, 1), True)
+    assert agreed == answers(expected)
+    assert stats[0]["replaced"] == 0 and stats[1]["replaced"] > 5 and stats[0]["moves"] > 3
+    assert trees.each_rank(replayed) == [[0, stats[0]["steps"]]] * 2
+    assert run(None, True)[0] == answers(expected)
+    one, other = trees.each_rank(replayed)
+    assert one == other and one[0] > 5
     trees.shutdown()
