@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Walk, emitted tokens and KV moves of a step: at once, and as an emulated CUDA graph."""
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from engine_v2.own_process.emulated_graphs import EmulatedGraph
 from vllm_redrafter.engine.v2.accept import accept, kv_moves
@@ -183,3 +186,35 @@ def test_no_rows_do_nothing():
     buffers.clear()
     buffers.run(world.store, world.movers, world.stats, REQUESTS)
     assert all(map(torch.equal, before, kept))
+
+
+class HostTensors(TorchDispatchMode):
+    """Within it, ``found`` lists operators that take or make a tensor on the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.calls = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.calls += 1
+        leaves = tree_leaves((args, kwargs, made))
+        if any(isinstance(leaf, torch.Tensor) and leaf.device == CPU for leaf in leaves):
+            self.found.append(str(func))
+        return made
+
+
+def test_nothing_comes_from_the_host(monkeypatch):
+    """With tensors of another device: a copy from the host would end a GPU's capture."""
+    monkeypatch.setattr(importlib.import_module("vllm_redrafter.ops.walk"), "has_kernel", bool)
+    there, moved = torch.device("meta"), []
+    store, stats = TreeStore(REQUESTS, NODES, there), DeviceStats(NODES, there)
+    buffers = AcceptBuffers(REQUESTS, NODES, 2, there)
+    movers = [lambda source, target: moved.extend([source.device, target.device])] * 2
+    with HostTensors() as seen:
+        buffers.run(store, movers, stats, CAPTURED)
+    assert seen.found == [] and seen.calls > 40
+    assert moved == [there] * 4
+    with HostTensors() as seen:
+        torch.where(buffers.drawn > 0, buffers.drawn, torch.tensor(1))
+    assert "aten.where.self" in seen.found
