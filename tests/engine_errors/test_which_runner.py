@@ -52,6 +52,15 @@ def test_a_schedule_by_batch_size_is_handed_to_vllm(engine_config, triton):
     assert given == [(1, 2, min(9, spec.num_speculative_tokens)), (3, 8, 2)]
 
 
+def test_lora_only_on_v1(engine_config, triton):
+    with pytest.raises(UnsupportedError, match="LoRA on Model Runner V2.*leave enable_lora off"):
+        engine_config(enable_lora=True)
+
+
+def test_lora_is_allowed_on_v1(engine_config):
+    assert engine_config(enable_lora=True).lora_config is not None
+
+
 def test_forced_v1(engine_config, triton, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     assert engine_config().speculative_config.method == "custom_class"

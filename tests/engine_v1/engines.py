@@ -7,7 +7,7 @@ import os
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 from engine_v1.oracle import Oracle
@@ -79,14 +79,16 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         return self.runner.redrafter_stats.summary()
 
-    def reset(self, drafter: Callable[..., Any] | None = None) -> None:
+    def reset(self, drafter: Callable[..., Any] | None = None, prefixes: bool = True) -> None:
         """Forget counters and cached prefixes.
 
         Args:
             drafter: called in place of ``_draft_trees``, as ``Oracle`` is; None for the engine's.
+            prefixes: False keeps the cached ones.
         """
         self.emitted, self.cut, self.mixed_steps, self.preemptions = [], 0, 0, 0
-        assert self.llm.reset_prefix_cache()
+        if prefixes:
+            assert self.llm.reset_prefix_cache()
         if not self.verifies_trees:
             return
         self.runner.redrafter_stats = ReDrafterStats()
@@ -94,10 +96,9 @@ class Engine:
             self.drafts_itself if drafter is None else types.MethodType(drafter, self.runner)
         )
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: Any) -> list[Any]:
-        """Finished outputs, in the order of the prompts."""
-        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        return self.llm.generate(requests, params, use_tqdm=False)
+    def generate(self, prompts: Sequence[Any], params: Any, **more: Any) -> list[Any]:
+        """Finished outputs, in the order of the prompts: token ids, or what ``LLM`` takes."""
+        return self.llm.generate(as_requests(prompts), params, use_tqdm=False, **more)
 
 
 # Destroying one engine tears down the process groups that all of them share: none ever is.
@@ -142,6 +143,7 @@ class Pair:
 
     plain: Engine
     trees: Engine
+    make_oracle: ClassVar[type[Oracle]] = Oracle
 
     def run(
         self,
@@ -151,14 +153,19 @@ class Pair:
         seed: int = 0,
         vocab: Sequence[int] = range(EOS),
         answers: Sequence[Any] | None = None,
+        prefixes: bool = True,
         **oracle: Any,
     ) -> Comparison:
-        """Plain first, then with an oracle that knows plain's answers, or other ones."""
-        self.plain.reset()
+        """Plain first, then with an oracle that knows plain's answers, or other ones.
+
+        Args:
+            prefixes: both forget cached prefixes first.
+        """
+        self.plain.reset(prefixes=prefixes)
         expected = self.plain.generate(prompts, params)
         known = expected if answers is None else answers
-        drafter = Oracle(known, self.trees.most_nodes, vocab, seed=seed, **oracle)
-        self.trees.reset(drafter)
+        drafter = self.make_oracle(known, self.trees.most_nodes, vocab, seed=seed, **oracle)
+        self.trees.reset(drafter, prefixes=prefixes)
         return Comparison(self, drafter, expected, self.trees.generate(prompts, params))
 
 
@@ -185,6 +192,13 @@ class Comparison:
         stats = self.pair.trees.stats
         assert stats["moves"] >= moves, stats
         assert stats["acceptance_length"] >= 1 + accepted, stats
+
+
+def as_requests(prompts: Sequence[Any]) -> list[Any]:
+    return [
+        prompt if isinstance(prompt, dict) else {"prompt_token_ids": list(prompt)}
+        for prompt in prompts
+    ]
 
 
 def answers(outputs: Sequence[Any]) -> list[list[tuple[list[int], Any, Any]]]:

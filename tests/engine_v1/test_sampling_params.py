@@ -6,7 +6,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from engine_v1.engines import tokens
-from engine_v1.tiny_target import EOS, prompts
+from engine_v1.tiny_target import prompts
 
 
 def greedy(**more):
@@ -52,81 +52,6 @@ def test_stop_tokens_inside_an_accepted_path(pair):
     # Walks went on behind the stop token, and what they emitted there was dropped.
     walked = sum(len(emitted) for _, emitted in pair.trees.emitted)
     assert walked >= sum(map(len, tokens(run.got))) + 20
-
-
-def test_the_end_token_and_ignore_eos(pair):
-    batch = prompts(40)
-    run = pair.run(batch, [greedy(ignore_eos=i % 2 == 1, max_tokens=100) for i in range(40)])
-    run.assert_equal()
-    run.assert_saw_trees()
-    said = tokens(run.got)
-    assert any(row[-1] == EOS and len(row) < 100 for row in said[0::2])
-    assert any(EOS in row[:-1] for row in said[1::2])
-
-
-def test_min_tokens(pair):
-    batch = prompts(16)
-    free = said_by_plain(pair, batch)
-    # Without min_tokens all would stop at the sixth token; they must say something else there.
-    params = [greedy(stop_token_ids=[said[5]], min_tokens=10 + i) for i, said in enumerate(free)]
-    run = pair.run(batch, params)
-    run.assert_equal()
-    run.assert_saw_trees()
-    assert all(len(said) >= 10 + i for i, said in enumerate(tokens(run.got)))
-
-
-def test_allowed_token_ids(pair):
-    allowed = list(range(20, 60))
-    params = [greedy(**({"allowed_token_ids": allowed} if i % 3 else {})) for i in range(16)]
-    run = pair.run(prompts(16), params)
-    run.assert_equal()
-    run.assert_saw_trees()
-    for i, said in enumerate(tokens(run.got)):
-        assert (set(said) <= set(allowed)) == bool(i % 3)
-
-
-def test_bad_words(pair):
-    """Single tokens and pairs of tokens, of which the second is forbidden behind the first."""
-    tokenizer = pair.plain.llm.get_tokenizer()
-    batch = prompts(60)
-    params, words = [], []
-    for said in said_by_plain(pair, batch):
-        word = tokenizer.decode(said[3:5])
-        # Not every pair of bytes is a text.
-        word = word if tokenizer.encode(word) == said[3:5] else None
-        words.append(word and said[3:5])
-        params.append(greedy(bad_words=[word] if word else None, ignore_eos=True))
-    assert sum(map(bool, words)) >= 8
-    run = pair.run(batch, params)
-    run.assert_equal()
-    run.assert_saw_trees()
-    for said, word in zip(tokens(run.got), words, strict=True):
-        if word:
-            assert word not in [said[i : i + 2] for i in range(len(said))]
-
-
-def test_stop_strings(pair):
-    """The front end cuts them, in the middle of what one step delivered."""
-    tokenizer = pair.plain.llm.get_tokenizer()
-    batch = prompts(16)
-    params = []
-    for said in said_by_plain(pair, batch):
-        letters = [tokenizer.decode([token]) for token in said[4:]]
-        stop = next(letter for letter in letters if letter.isascii())
-        params.append(greedy(stop=[stop]))
-    run = pair.run(batch, params)
-    run.assert_equal()
-    assert [o.outputs[0].text for o in run.got] == [o.outputs[0].text for o in run.expected]
-    assert sum(output.outputs[0].finish_reason == "stop" for output in run.got) == 16
-
-
-def test_several_completions(pair):
-    params = SamplingParams(n=3, temperature=0.8, seed=5, max_tokens=30)
-    run = pair.run(prompts(6), params)
-    run.assert_equal()
-    run.assert_saw_trees()
-    for output in run.got:
-        assert len({tuple(c.token_ids) for c in output.outputs}) == 3
 
 
 @pytest.mark.parametrize("parameter", [{"min_p": 0.2}, {"logit_bias": {5: 2.0}}])

@@ -27,17 +27,6 @@ def test_the_smallest_budget_that_is_allowed(make_pair):
     run.assert_saw_trees(moves=1, accepted=0.1)
 
 
-def test_every_request_hits_max_model_len(make_pair):
-    pair = make_pair(max_model_len=64)
-    batch = prompts(16, shortest=5, longest=62)
-    run = pair.run(batch, SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
-    run.assert_equal()
-    run.assert_saw_trees()
-    assert all(
-        len(prompt) + len(said) == 64 for prompt, said in zip(batch, tokens(run.got), strict=True)
-    )
-
-
 def test_one_request_at_the_limit_does_not_end_the_others_drafts(make_pair):
     """vLLM's own check blanks the whole batch when one request nears max_model_len."""
     pair = make_pair(max_model_len=128)
@@ -89,42 +78,6 @@ def test_a_second_turn_reads_the_moved_blocks(pair):
     for prompt, output in zip(first, got, strict=True):
         # Whole blocks of the first prompt and its answer, the last token's KV not among them.
         assert output.num_cached_tokens >= (len(prompt) + 99) // 32 * 32
-
-
-def test_mixed_max_tokens(pair):
-    params = [
-        SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-        for count in (1, 2, 3, 1, 40, 2, 5, 17, 1, 60, 2, 8)
-    ]
-    run = pair.run(prompts(12), params)
-    run.assert_equal()
-    run.assert_saw_trees(moves=10)
-    assert [len(said) for said in tokens(run.got)] == [p.max_tokens for p in params]
-
-
-PADDED = "a schedule that is no prefix of the draft"
-
-
-def test_prompts_of_one_token(pair):
-    """The scheduler pads a request with one uncached token to 1 + N rows that mean nothing."""
-    batch = [prompt[:1] for prompt in prompts(16)]
-    run = pair.run(batch, [SamplingParams(temperature=0, max_tokens=10 + i) for i in range(16)])
-    run.assert_equal()
-    run.assert_saw_trees()
-    assert pair.trees.stats["fallbacks"][PADDED] >= 5
-
-
-def test_prompts_cached_but_for_one_token(pair):
-    batch = prompts(16, shortest=65, longest=65)
-    params = [
-        SamplingParams(temperature=0.7 * (i % 2), seed=i, max_tokens=10 + i) for i in range(16)
-    ]
-    run = pair.run(batch, params)
-    run.assert_equal()
-    again = pair.trees.generate(batch, params)
-    assert tokens(again) == tokens(run.expected)
-    assert all(output.num_cached_tokens == 64 for output in again)
-    assert pair.trees.stats["fallbacks"][PADDED] >= 5
 
 
 def test_fewer_nodes_in_larger_batches(make_pair):

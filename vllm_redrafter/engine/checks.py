@@ -151,6 +151,11 @@ def check_engine_config(
             f"ReDrafter does not support kv_cache_dtype '{config.cache_config.cache_dtype}' on "
             "the CPU yet; leave it at 'auto'."
         )
+    if v2 and config.lora_config is not None:
+        raise UnsupportedError(
+            "ReDrafter does not support LoRA on Model Runner V2, where vLLM tells its adapters of "
+            "one row of logits per request, drafts or not; leave enable_lora off."
+        )
     if v2:
         _check_v2(config, options)
     _check_budget(config, options)

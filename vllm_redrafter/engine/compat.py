@@ -137,6 +137,7 @@ _SHARED = (
             "compilation_config",
             "speculative_config",
             "kv_transfer_config",
+            "lora_config",
             "additional_config",
         ),
     ),  # fmt: skip
@@ -234,7 +235,13 @@ _V1 = (
     Hook(
         "vllm.v1.worker.gpu_input_batch:InputBatch",
         "per-request rows",
-        attributes=("req_ids", "req_output_token_ids", "block_table", "num_computed_tokens_cpu"),
+        attributes=(
+            "req_ids",
+            "req_output_token_ids",
+            "block_table",
+            "num_computed_tokens_cpu",
+            "thinking_budget_state_holder",
+        ),
     ),
     Hook(
         "vllm.v1.worker.block_table:BlockTable",
@@ -268,10 +275,16 @@ _V1 = (
             "bad_words_token_ids",
             "logitsprocs",
             "logprob_token_ids",
+            "spec_token_ids",
             "thinking_budget_state_holder",
         ),
     ),  # fmt: skip
     Hook("vllm.v1.sample.sampler:Sampler.greedy_sample", "argmax with vLLM's own tie rule"),
+    Hook(
+        "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder",
+        "told that there is one row of logits per request",
+        attributes=("in_spec_mode",),
+    ),
     Hook(
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl",
         "what tree attention computes with, and what it refuses",

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from engine_v1 import engines as v1
-from engine_v1.engines import Comparison
 from engine_v1.oracle import Oracle, request_tree
-from engine_v1.tiny_target import EOS
 
 from vllm_redrafter.engine.metrics import ReDrafterStats
 from vllm_redrafter.ops.build_tree import _padded
@@ -67,9 +65,8 @@ class Engine:
             )
         )
 
-    def generate(self, prompts, params):
-        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        return self.llm.generate(requests, params, use_tqdm=False)
+    def generate(self, prompts, params, **more):
+        return self.llm.generate(v1.as_requests(prompts), params, use_tqdm=False, **more)
 
 
 def forget(stats):
@@ -133,10 +130,4 @@ class V2Oracle(Oracle):
 class Pair(v1.Pair):
     """Plain vLLM and ReDrafter, both on Model Runner V2."""
 
-    def run(self, prompts, params, *, seed=0, answers=None, prefixes=True, **oracle):
-        self.plain.reset(prefixes=prefixes)
-        expected = self.plain.generate(prompts, params)
-        known = expected if answers is None else answers
-        drafter = V2Oracle(known, self.trees.most_nodes, range(EOS), seed=seed, **oracle)
-        self.trees.reset(drafter, prefixes=prefixes)
-        return Comparison(self, drafter, expected, self.trees.generate(prompts, params))
+    make_oracle = V2Oracle

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A seeded request says what it says in plain vLLM; what cannot branch is drafted as a chain."""
+"""What the shared cases do not see of sampling: logprobs and grammars beside trees."""
 
 import pytest
-from engine_v1.engines import tokens
 from engine_v1.tiny_target import prompts
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
@@ -10,50 +9,6 @@ from vllm.sampling_params import StructuredOutputsParams
 
 def sampled(seed, **more):
     return SamplingParams(**{"temperature": 1.0, "seed": seed, "max_tokens": 24, **more})
-
-
-def test_seeded(pair):
-    run = pair.run(prompts(10), [sampled(i) for i in range(10)])
-    run.assert_equal()
-    run.assert_saw_trees(moves=20)
-
-
-def test_the_seed_decides(pair):
-    run = pair.run([prompts(1)[0]] * 4, [sampled(i, max_tokens=12) for i in range(4)])
-    run.assert_equal()
-    assert len({tuple(said) for said in tokens(run.got)}) == 4
-
-
-def test_top_k_top_p_and_temperatures(pair):
-    kinds = [
-        {"top_p": 0.8},
-        {"top_k": 5},
-        {"temperature": 0.6, "top_p": 0.9, "top_k": 20},
-        {"temperature": 1.7},
-    ]
-    run = pair.run(prompts(8), [sampled(i, **kinds[i % 4]) for i in range(8)])
-    run.assert_equal()
-    run.assert_saw_trees()
-
-
-def test_chains_beside_trees(pair):
-    """Penalties and bad words: a chain for these requests, trees for their neighbours."""
-    kinds = [
-        {},
-        {"repetition_penalty": 1.3, "presence_penalty": 0.5},
-        {"temperature": 0, "frequency_penalty": 0.7},
-        {"temperature": 0},
-        {"allowed_token_ids": list(range(100))},
-        {"min_tokens": 10, "top_p": 0.9},
-        {"temperature": 0.7, "bad_words": ["a", "b"]},
-    ]
-    run = pair.run(prompts(7), [sampled(i, max_tokens=16, **kinds[i]) for i in range(7)])
-    run.assert_equal()
-    run.assert_saw_trees(moves=5, accepted=0.5)
-    assert pair.trees.stats["fallbacks"] == {
-        "penalties (chain)": 2,
-        "bad words (chain)": 1,
-    }
 
 
 @pytest.mark.parametrize("most", [None, 33], ids=["at_once", "in_parts"])

@@ -89,6 +89,11 @@ class TreeRunnerMixin:
         for group in self.kv_cache_config.kv_cache_groups:
             members = {name: layers[name] for name in group.layer_names}
             self._movers.append(take_over(members))
+        holder = self.input_batch.thinking_budget_state_holder
+        if holder is not None:
+            # Beside speculation it looks for a row per drafted token; our draws, like vLLM's steps
+            # without drafts, have one row per request, and another one's would be forced.
+            holder.in_spec_mode = False
 
     # -- before the forward pass -----------------------------------------------------------
 

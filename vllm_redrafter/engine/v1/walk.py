@@ -112,7 +112,8 @@ class SampledDraw:
     ) -> None:
         self._logits = logits
         self._sampler = sampler
-        self._metadata = metadata
+        # Its drafts are lists, not trees; what is drawn here is one token behind the outputs.
+        self._metadata = replace(metadata, spec_token_ids=None)
         self._outputs = output_token_ids
         self._lengths = [len(ids) for ids in output_token_ids]
         self._rows: list[int] = []
