@@ -243,7 +243,7 @@ def mixed(count: int) -> tuple[Prompts, Params]:
                 greedy(structured_outputs={"regex": r"[a-f]{3,8}(-[0-9]{2})?\."}),
             ]
         )
-        asked.append({**kind, "max_tokens": source.choice((1, 6, 12))})
+        asked.append({**kind, "max_tokens": source.choice((1, 4, 8))})
         asked[-1]["min_tokens"] = min(kind.get("min_tokens", 0), asked[-1]["max_tokens"])
     return prompts(count, shortest=2, longest=30, seed=21), asked
 
@@ -251,34 +251,29 @@ def mixed(count: int) -> tuple[Prompts, Params]:
 CASES = [
     Case("greedy", BATCH, [greedy()] * 8, accepted=1.5),
     Case("one-at-a-time", prompts(1, seed=11), [greedy(max_tokens=30)], moves=3),
-    Case("seeded", BATCH, [seeded(i) for i in range(8)], shows=all_differ),
+    Case("seeded", BATCH[:6], [seeded(i, max_tokens=16) for i in range(6)], shows=all_differ),
     Case(
         "the-seed-decides",
         [BATCH[0]] * 4,
-        [seeded(i, max_tokens=12) for i in range(4)],
+        [seeded(i, max_tokens=8) for i in range(4)],
+        moves=2,
         shows=all_differ,
     ),
     Case(
         "temperature-top-k-top-p",
-        BATCH,
+        BATCH[:4],
         [
-            seeded(i, **kind)
-            for i, kind in enumerate(
-                2
-                * [
-                    {"top_p": 0.8},
-                    {"top_k": 5},
-                    {"temperature": 0.6, "top_p": 0.9, "top_k": 20},
-                    {"temperature": 1.7},
-                ]
-            )
+            seeded(0, max_tokens=16, top_p=0.8),
+            seeded(1, max_tokens=16, top_k=5),
+            seeded(2, max_tokens=16, temperature=0.6, top_p=0.9, top_k=20),
+            seeded(3, max_tokens=16, temperature=1.7),
         ],
         shows=all_differ,
     ),
     Case(
         "several-completions",
-        BATCH[:3],
-        [seeded(i, n=3, temperature=0.8, max_tokens=12) for i in range(3)],
+        BATCH[:2],
+        [seeded(i, n=3, temperature=0.8, max_tokens=10) for i in range(2)],
         shows=all_differ,
     ),
     Case("stop-tokens", BATCH, stop_tokens, knows_on=True, accepted=0.3, shows=all_stopped),
@@ -378,7 +373,7 @@ CASES = [
     Case(
         "prefix-cache",
         prompts(4, shortest=20, seed=4),
-        [greedy(max_tokens=40, ignore_eos=True)] * 4,
+        [greedy(max_tokens=24, ignore_eos=True)] * 4,
         again=lambda prompts, said: [
             prompt + row + [7, 8, 9] for prompt, row in zip(prompts, said, strict=True)
         ],
@@ -386,8 +381,8 @@ CASES = [
     ),
     Case(
         "cached-but-for-one-token",
-        prompts(6, shortest=65, longest=65),
-        [(seeded(i) if i % 2 else greedy()) for i in range(6)],
+        prompts(4, shortest=65, longest=65),
+        [(seeded(i, max_tokens=12) if i % 2 else greedy(max_tokens=12)) for i in range(4)],
         again=lambda prompts, said: prompts,
         cached=64,
         fallbacks_v1=frozenset({PADDED}),
@@ -405,10 +400,10 @@ CASES = [
     ),
     Case(
         "preempted",
-        prompts(8, shortest=26, longest=30),
+        prompts(6, shortest=26, longest=30),
         [
-            {**(seeded(i) if i % 2 else greedy()), "max_tokens": 40, "ignore_eos": True}
-            for i in range(8)
+            {**(seeded(i) if i % 2 else greedy()), "max_tokens": 28, "ignore_eos": True}
+            for i in range(6)
         ],
         settings=TIGHT,
         preempts=True,
