@@ -52,7 +52,10 @@ def outcomes(session: pytest.Session, factory: pytest.TempPathFactory) -> Outcom
             for item in session.items
             if PARAMETER in getattr(getattr(item, "callspec", None), "params", {})
         }
-        session.stash[_OUTCOMES] = _run(sorted(wanted), factory.mktemp("v2"))
+        folder = factory.mktemp("v2")
+        # If the process fails as a whole, no other test starts it again.
+        session.stash[_OUTCOMES] = Outcomes({}, folder)
+        session.stash[_OUTCOMES] = _run(sorted(wanted), folder)
     return session.stash[_OUTCOMES]
 
 

@@ -6,12 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from engine_cases.cases import LETTERS
 from engine_v1.tiny_target import prompts
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 from engine_v2.own_process.host_reads import HostReads
 from vllm_redrafter.drafter.checkpoint import load_drafter
+from vllm_redrafter.engine.v2 import model_state
 from vllm_redrafter.engine.v2.draft import LayerwiseDraft
+from vllm_redrafter.engine.v2.tree_store import Shape
 from vllm_redrafter.tree.tree import pack_bits
 
 GREEDY = SamplingParams(temperature=0, max_tokens=30)
@@ -74,6 +78,25 @@ def test_seeds_by_slot(pair, monkeypatch):
     monkeypatch.setattr(type(sampler), "__call__", call)
     params = [SamplingParams(temperature=1.0, seed=i, max_tokens=15) for i in range(4)]
     assert not pair.run(prompts(4), params).equal
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        # Of those that make what was said likelier: what was drafted beside it then wins.
+        {"repetition_penalty": 0.5, "presence_penalty": -2.0},
+        # Letters beside each other could also follow each other, but then digits would be due.
+        {"structured_outputs": StructuredOutputsParams(regex="([a-p]{2}[0-9]{2}){4}")},
+    ],
+    ids=["penalties", "a grammar"],
+)
+def test_trees_for_what_needs_chains(pair, monkeypatch, kind):
+    """vLLM takes the rows of a request for consecutive tokens there."""
+    params = SamplingParams(temperature=0, max_tokens=16, **kind)
+    oracle = {"vocab": LETTERS[:16], "chains": 0, "empty": 0}
+    pair.run(prompts(6), params, **oracle).assert_equal()
+    monkeypatch.setattr(model_state, "shape_of_request", lambda *_: (Shape.TREE, ""))
+    assert not pair.run(prompts(6), params, **oracle).equal
 
 
 @pytest.mark.parametrize("form", ["compiled", "layer by layer"])

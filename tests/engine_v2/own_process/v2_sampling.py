@@ -1,14 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the shared cases do not see of sampling: logprobs and grammars beside trees."""
 
+import numpy as np
 import pytest
-from engine_v1.tiny_target import prompts
+from engine_v1.engines import answers
+from engine_v1.tiny_target import EOS, prompts
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
+
+from engine_v2.own_process.engines import V2Oracle
 
 
 def sampled(seed, **more):
     return SamplingParams(**{"temperature": 1.0, "seed": seed, "max_tokens": 24, **more})
+
+
+def test_unseeded(pair):
+    """vLLM draws such a request's seed when it comes; with the same seeds the answers are the same.
+
+    So the law is plain vLLM's, whatever was drafted.
+    """
+    kinds = [{}, {"top_p": 0.8}, {"top_k": 5}, {"temperature": 0.7}]
+    params = [sampled(None, max_tokens=12, **kind) for kind in kinds]
+
+    def say(engine, seed):
+        np.random.seed(seed)
+        return engine.generate(prompts(4), params)
+
+    pair.plain.reset()
+    expected = say(pair.plain, 1)
+    assert answers(say(pair.plain, 2)) != answers(expected), "these seeds decide nothing"
+    pair.trees.reset(V2Oracle(expected, 15, range(EOS)))
+    assert answers(say(pair.trees, 1)) == answers(expected)
+    assert pair.trees.stats["moves"] > 0 and pair.trees.stats["acceptance_length"] > 1.5
 
 
 @pytest.mark.parametrize("most", [None, 33], ids=["at_once", "in_parts"])
