@@ -57,14 +57,9 @@ class ReDrafterOptions:
                 nodes = limit
         return min(nodes, self.num_speculative_tokens)
 
-    def row_counts(self, most_requests: int) -> tuple[int, ...]:
-        """Rows that a request may have in a step where all have drafted as much as they may.
-
-        Args:
-            most_requests: the most running requests.
-        """
-        batches = range(1, most_requests + 1)
-        return tuple(sorted({1 + self.nodes_for(batch) for batch in batches}))
+    def tree_rows(self, most_requests: int) -> list[int]:
+        """Rows of a request's tree, root included, with 1, 2, ... ``most_requests`` running."""
+        return [1 + self.nodes_for(running) for running in range(1, most_requests + 1)]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

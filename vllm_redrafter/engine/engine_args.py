@@ -202,9 +202,7 @@ def _choose_graphs(engine_args: Any, options: Any) -> None:
         if chosen.cudagraph_capture_sizes or chosen.max_cudagraph_capture_size is not None:
             return
     engine_args.cudagraph_capture_sizes = capture_sizes(
-        lambda running: 1 + options.nodes_for(running),
-        engine_args.max_num_seqs,
-        engine_args.max_num_batched_tokens,
+        options, engine_args.max_num_seqs, engine_args.max_num_batched_tokens
     )
 
 

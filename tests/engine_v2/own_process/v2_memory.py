@@ -33,7 +33,7 @@ def test_the_formula_counts_what_an_engine_holds(pair):
     pair.trees.reset()
     # Rows of a step that no schedule has were not drafted for before the first request.
     layouts = state.rows._layouts
-    kept = {rows: layouts[rows] for rows in speculator.options.row_counts(state.max_num_reqs)}
+    kept = {rows: layouts[rows] for rows in speculator.options.tree_rows(state.max_num_reqs)}
     rows = {name: value for name, value in vars(state.rows).items() if name != "_layouts"}
     own = {name: value for name, value in vars(speculator).items() if name != "model"}
     held = tensors_of(state.trees, state.stats, state._positions, rows, kept, own)

@@ -55,11 +55,10 @@ class ExtraMemory:
 
 def widest_step(options: ReDrafterOptions, max_num_seqs: int, max_num_batched_tokens: int) -> int:
     """The most rows, roots and nodes, that one step verifies."""
-    most = 0
-    for running in range(1, max_num_seqs + 1):
-        rows = 1 + options.nodes_for(running)
-        most = max(most, min(running, max_num_batched_tokens // rows) * rows)
-    return most
+    return max(
+        min(running, max_num_batched_tokens // rows) * rows
+        for running, rows in enumerate(options.tree_rows(max_num_seqs), start=1)
+    )
 
 
 def extra_memory(
@@ -109,7 +108,7 @@ def _buffers(options: ReDrafterOptions, slots: int, max_rows: int) -> int:
     # Slots, ends and results per request, paths; tokens, draws, KV slots, emitted tokens per row.
     # For one KV cache group, which targets with one kind of layer have.
     accept = (slots * (6 + nodes) + 1 + slots * rows * 4) * 8
-    step = slots * (2 + 2 * len(options.row_counts(slots))) * 4 + max_rows * words * 8
+    step = slots * (2 + 2 * len(set(options.tree_rows(slots)))) * 4 + max_rows * words * 8
     stats = (rows + 3) * 8
     positions = max_rows * 8
     # Of vLLM's class for draft models, which ours extends.

@@ -46,7 +46,7 @@ class TreeModelState(DefaultModelState):
         self.step: Step | None = None
         self.movers: list[MoveKV] = []
         self.tree_sampler: TreeSampler | None = None
-        self.rows = StepRows(self.trees, self.max_num_tokens, options.row_counts(self.max_num_reqs))
+        self.rows = StepRows(self.trees, self.max_num_tokens, options.tree_rows(self.max_num_reqs))
         # Of fixed address, so that a CUDA graph can read them.
         self._positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
         self._slot_mappings: Tensor | None = None

@@ -8,6 +8,7 @@ of them are written before the forward pass, by operators that read nothing back
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ class StepRows:
     Args:
         trees: the topology of R request slots.
         max_rows: the most query rows of a step.
-        row_counts: rows per request that steps will have where all requests have the same number.
+        row_counts: rows per request that steps will have where all requests have the same number;
+            repetitions do not matter.
 
     Attributes:
         request_index: ``[R]`` int32, 0 to R - 1.
@@ -32,7 +34,7 @@ class StepRows:
         masks: ``[max_rows, words]`` int64.
     """
 
-    def __init__(self, trees: TreeStore, max_rows: int, row_counts: tuple[int, ...]) -> None:
+    def __init__(self, trees: TreeStore, max_rows: int, row_counts: Sequence[int]) -> None:
         device, slots = trees.masks.device, trees.masks.shape[0]
         self.trees = trees
         self.request_index = torch.arange(slots, dtype=torch.int32, device=device)
