@@ -49,6 +49,20 @@ def test_tensor_parallel_is_no_obstacle(engine_config):
     assert engine_config(tensor_parallel_size=2).parallel_config.world_size == 2
 
 
+def test_data_parallel_experts(message, tmp_path):
+    model = tiny_models.write_hf_config(
+        tmp_path / "model", architectures=["MixtralForCausalLM"], model_type="mixtral",
+        num_local_experts=4, num_experts_per_tok=2, sliding_window=None,
+    )  # fmt: skip
+    text = message(model=model, data_parallel_size=2)
+    assert "data parallelism for mixture-of-experts targets" in text
+    assert "(data_parallel_size=2); set it to 1" in text
+
+
+def test_data_parallel_is_no_obstacle_without_experts(engine_config):
+    assert engine_config(data_parallel_size=2).parallel_config.data_parallel_size == 2
+
+
 @pytest.mark.parametrize("as_object", [True, False])
 def test_kv_connector(message, as_object):
     from vllm.config import KVTransferConfig

@@ -146,6 +146,12 @@ def check_engine_config(
             "in place; remove kv_transfer_config."
         )
     _check_model(model)
+    replicas = config.parallel_config.data_parallel_size
+    if replicas > 1 and model.is_moe:
+        raise UnsupportedError(
+            "ReDrafter does not support data parallelism for mixture-of-experts targets, whose "
+            f"replicas take every step together (data_parallel_size={replicas}); set it to 1."
+        )
     if config.cache_config.cache_dtype.startswith("fp8"):
         raise UnsupportedError(
             f"ReDrafter does not support kv_cache_dtype '{config.cache_config.cache_dtype}' on "

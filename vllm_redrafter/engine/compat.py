@@ -144,7 +144,12 @@ _SHARED = (
     Hook(
         "vllm.config:ParallelConfig",
         "what the checks read",
-        attributes=("tensor_parallel_size", "pipeline_parallel_size", "use_ubatching"),
+        attributes=(
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "data_parallel_size",
+            "use_ubatching",
+        ),
     ),
     Hook(
         "vllm.config:CompilationConfig",
@@ -165,6 +170,7 @@ _SHARED = (
             "use_mla",
             "is_hybrid",
             "is_attention_free",
+            "is_moe",
             "is_encoder_decoder",
             "uses_mrope",
             "hf_text_config",
