@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from engine_v2.host_tensors import HostTensors
 from engine_v2.own_process.emulated_graphs import EmulatedGraph
 from vllm_redrafter.engine.v2.accept import accept, kv_moves
 from vllm_redrafter.engine.v2.accept_graphs import AcceptBuffers
@@ -188,24 +187,7 @@ def test_no_rows_do_nothing():
     assert all(map(torch.equal, before, kept))
 
 
-class HostTensors(TorchDispatchMode):
-    """Within it, ``found`` lists operators that take or make a tensor on the CPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.found, self.calls = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        self.calls += 1
-        leaves = tree_leaves((args, kwargs, made))
-        if any(isinstance(leaf, torch.Tensor) and leaf.device == CPU for leaf in leaves):
-            self.found.append(str(func))
-        return made
-
-
 def test_nothing_comes_from_the_host(monkeypatch):
-    """With tensors of another device: a copy from the host would end a GPU's capture."""
     monkeypatch.setattr(importlib.import_module("vllm_redrafter.ops.walk"), "has_kernel", bool)
     there, moved = torch.device("meta"), []
     store, stats = TreeStore(REQUESTS, NODES, there), DeviceStats(NODES, there)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from engine_v1.tiny_target import HIDDEN, VOCAB, tiny_drafter
 
+from engine_v2.host_tensors import HostTensors
 from vllm_redrafter.drafter.beam_search import beam_search
 from vllm_redrafter.engine.v2.draft import LayerwiseDraft, make_draft
+from vllm_redrafter.engine.v2.draft_graphs import DraftBuffers
 from vllm_redrafter.engine.v2.fallback import shape_of_request
 from vllm_redrafter.engine.v2.stats import DeviceStats
 from vllm_redrafter.engine.v2.tree_store import Shape, TreeStore
@@ -79,6 +81,22 @@ def test_where_the_operator_cannot_be_used_the_layers_are(monkeypatch):
     # The drafter that a fallback was made for kept its weights.
     wanted = make_draft(bound_drafter(), 4, 3, 0)(CONTEXT, TOKEN)
     assert torch.equal(draft(CONTEXT, TOKEN).tokens, wanted.tokens)
+
+
+@pytest.mark.parametrize("form", [make_draft, LayerwiseDraft])
+def test_a_captured_draft_takes_nothing_from_the_host(monkeypatch, form):
+    there = torch.device("meta")
+    for name in ("beam_step", "build_tree", "draft"):
+        module = importlib.import_module(f"vllm_redrafter.ops.{name}")
+        monkeypatch.setattr(module, "has_kernel", bool)
+    drafter = tiny_drafter().to(there)
+    drafter.embedding = EMBEDDING.to(there)
+    draft = form(drafter, 4, 3, 5)
+    assert isinstance(draft, LayerwiseDraft if form is LayerwiseDraft else CompiledDraft)
+    buffers = DraftBuffers(4, 12, HIDDEN, torch.float32, there)
+    with HostTensors() as seen:
+        buffers.run(lambda *known: build_tree(draft(*known), "best", 12, fixed_size=True), 3)
+    assert seen.found == [] and seen.calls > 5
 
 
 @pytest.mark.parametrize("rule", ["best", "beams"])
