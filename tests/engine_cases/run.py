@@ -47,7 +47,7 @@ def run_case(case: Case, make_pair: Any, runner: str) -> list[Stream]:
     moves = case.moves_v2 if v2 and case.moves_v2 is not None else case.moves
     run.assert_saw_trees(moves=moves, accepted=case.accepted)
     assert stats["fallbacks"].keys() == (case.fallbacks_v2 if v2 else case.fallbacks_v1), stats
-    assert not case.preempts or pair.trees.preemptions > 1, pair.trees.preemptions
+    assert not case.preempts or pair.trees.preemptions > 0
     assert case.shows(streams[: len(params)], params), streams
     for i, stream in enumerate(streams):
         stream["greedy"] = is_greedy(params[i % len(params)])

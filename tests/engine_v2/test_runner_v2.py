@@ -20,7 +20,7 @@ def functions():
                 continue
             slow = any(ast.unparse(d).endswith("slow") for d in node.decorator_list)
             names = [node.name]
-            if path.stem == "v2_cases":
+            if node.name == "test_case":
                 names = [f"{node.name}[{case.name}]" for case in CASES]
             yield from ((f"{path.name}::{name}", slow) for name in names)
 

@@ -8,6 +8,23 @@ from pathlib import Path
 import pytest
 from engine_cases.cases import CASES
 from engine_cases.run import run_case
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+# Those in which it matters what is known when the next step is scheduled.
+SYNCHRONOUS = (
+    "greedy",
+    "seeded",
+    "stop-tokens",
+    "few-tokens",
+    "logprobs",
+    "penalties",
+    "structured-outputs",
+    "prefix-cache",
+    "chunked-prefill",
+    "preempted",
+    "to-the-end-of-the-context",
+    "sixty-of-mixed-kinds",
+)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -15,3 +32,15 @@ def test_case(make_pair, case):
     streams = run_case(case, make_pair, "v2")
     folder = Path(os.environ["REDRAFTER_TEST_STREAMS"])
     (folder / f"{case.name}.json").write_text(json.dumps(streams), encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SYNCHRONOUS)
+def test_case_without_async_scheduling(make_pair, name):
+    def synchronous(**settings):
+        pair = make_pair(async_scheduling=False, **settings)
+        assert not isinstance(pair.trees.scheduler, AsyncScheduler)
+        return pair
+
+    [case] = [case for case in CASES if case.name == name]
+    run_case(case, synchronous, "v2")
