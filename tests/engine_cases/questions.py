@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Four questions for the demo's target and the committed drafter, on either model runner."""
+"""Questions for the demo's target and the committed drafter, on either model runner."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from engine_v1.engines import tokens
 from vllm import SamplingParams
 
 import vllm_redrafter
-from vllm_redrafter.demo.prompts import Prompt, chat_token_ids
+from vllm_redrafter.demo.prompts import Prompt, chat_token_ids, mt_bench, spread
 
 DRAFTER = Path(vllm_redrafter.__file__).parent / "drafters" / "redrafter-smollm2-135m"
 
 QUESTIONS = [
-    "What is the capital of France and why?",
-    "Write a short poem about the sea.",
-    "Explain photosynthesis to a child.",
-    "List three uses of a brick.",
+    Prompt(i, "test", (text,))
+    for i, text in enumerate(
+        [
+            "What is the capital of France and why?",
+            "Write a short poem about the sea.",
+            "Explain photosynthesis to a child.",
+            "List three uses of a brick.",
+        ]
+    )
 ]
 
 
@@ -32,12 +37,16 @@ def target() -> Path:
     return smollm2()
 
 
-def ask(engine: Any, max_tokens: int) -> list[list[int]]:
-    """Greedy answers of an ``Engine`` to the four questions."""
+def demo_prompts() -> list[Prompt]:
+    """The first four that the demo asks."""
+    return spread(mt_bench(), 4)
+
+
+def ask(engine: Any, questions: list[Prompt], max_tokens: int) -> list[list[int]]:
+    """Greedy answers of an ``Engine``."""
     engine.reset()
-    asked = [Prompt(i, "test", (text,)) for i, text in enumerate(QUESTIONS)]
     params = SamplingParams(temperature=0, max_tokens=max_tokens)
-    return tokens(engine.generate(chat_token_ids(asked, target()), params))
+    return tokens(engine.generate(chat_token_ids(questions, target()), params))
 
 
 def settings(batch_size: int) -> dict[str, Any]:

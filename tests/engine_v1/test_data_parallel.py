@@ -1,76 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two replicas of the engine: each drafts for its share of the requests."""
-
-import json
-import os
-import subprocess
-import sys
+"""Data parallelism on Model Runner V1."""
 
 import pytest
-from vllm import SamplingParams
-
-from engine_v1.engines import tokens
-from engine_v1.tiny_target import prompts
-
-SCRIPT = """
-import asyncio, json, sys
-
-async def main(job):
-    from vllm import AsyncEngineArgs, SamplingParams
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.metrics.reader import get_metrics_snapshot
-
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**job["settings"]))
-
-    async def ask(number, prompt):
-        params = SamplingParams(temperature=0, max_tokens=30)
-        async for output in engine.generate({"prompt_token_ids": prompt}, params, str(number)):
-            pass
-        return list(output.outputs[0].token_ids)
-
-    try:
-        said = await asyncio.gather(*(ask(*each) for each in enumerate(job["prompts"])))
-        # vLLM asks one replica for a worker's counters; its own metrics name all of them.
-        counted = {}
-        for entry in get_metrics_snapshot():
-            if entry.name.startswith("vllm:spec_decode_num_") and hasattr(entry, "value"):
-                counted.setdefault(entry.labels["engine"], {})[entry.name] = entry.value
-        print("RESULT", json.dumps({"tokens": said, "counted": counted}))
-    finally:
-        engine.shutdown()
-
-if __name__ == "__main__":
-    asyncio.run(main(json.load(sys.stdin)))
-"""
+from engine_cases.replicas import check_two_replicas
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_replicas(pair, target, taught_drafter, tmp_path):
-    script = tmp_path / "two_replicas.py"
-    script.write_text(SCRIPT)
-    job = {
-        "settings": {
-            "model": str(target), "dtype": "float32", "enforce_eager": True, "max_model_len": 256,
-            "max_num_seqs": 8, "num_gpu_blocks_override": 64, "data_parallel_size": 2,
-            "disable_log_stats": False,
-            "speculative_config": {"model": str(taught_drafter)},
-        },
-        "prompts": prompts(12),
-    }  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    done = subprocess.run(
-        [sys.executable, script], input=json.dumps(job), capture_output=True, text=True,
-        env=environment, cwd=tmp_path, timeout=800,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    result = json.loads(line.removeprefix("RESULT "))
-    pair.plain.reset()
-    expected = pair.plain.generate(prompts(12), SamplingParams(temperature=0, max_tokens=30))
-    assert result["tokens"] == tokens(expected)
-    assert result["counted"].keys() == {"0", "1"}
-    for counted in result["counted"].values():
-        drafts = counted["vllm:spec_decode_num_drafts"]
-        assert drafts > 10, counted
-        assert counted["vllm:spec_decode_num_accepted_tokens"] > 0.2 * drafts, counted
+    check_two_replicas(pair.plain, target, taught_drafter, tmp_path)

@@ -4,7 +4,15 @@
 import json
 
 import pytest
-from engine_cases.questions import DRAFTER, ask, assert_real_answers, settings, target
+from engine_cases.questions import (
+    DRAFTER,
+    QUESTIONS,
+    ask,
+    assert_real_answers,
+    demo_prompts,
+    settings,
+    target,
+)
 from engine_v2.process import PARAMETER, outcomes
 from vllm import SamplingParams
 
@@ -16,30 +24,30 @@ def smollm2():
     return target()
 
 
-@pytest.fixture(scope="module")
-def four_answers(smollm2):
-    """By ReDrafter, 48 tokens each, equal to plain vLLM's."""
+def answers_as_plain(smollm2, questions, max_tokens):
+    """By ReDrafter, equal to plain vLLM's."""
     trees = engine(smollm2, DRAFTER, **settings(4))
-    expected = ask(engine(smollm2, **settings(4)), 48)
-    got = ask(trees, 48)
+    expected = ask(engine(smollm2, **settings(4)), questions, max_tokens)
+    got = ask(trees, questions, max_tokens)
     assert got == expected
     assert_real_answers(got, trees.stats)
     return got
 
 
-def test_four_questions(four_answers):
-    assert len(four_answers) == 4
+def test_four_questions(smollm2):
+    answers_as_plain(smollm2, QUESTIONS, 48)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(PARAMETER, ["v2_smollm2.py::test_four_questions"])
-def test_the_same_answers_on_model_runner_v2(four_answers, request, tmp_path_factory, inner):
+@pytest.mark.parametrize(PARAMETER, ["v2_smollm2.py::test_demo_prompts"])
+def test_demo_prompts_on_both_model_runners(smollm2, request, tmp_path_factory, inner):
+    on_v1 = answers_as_plain(smollm2, demo_prompts(), 24)
     done = outcomes(request.session, tmp_path_factory)
     done.assert_passed(inner)
     on_v2 = json.loads((done.streams / "smollm2.json").read_text(encoding="utf-8"))
     assert len(on_v2) == 4 and all(on_v2)
-    assert on_v2 == [row[:24] for row in four_answers]
+    assert on_v2 == on_v1
 
 
 def run(target, requests, max_tokens, batch_size, spec=None):

@@ -64,11 +64,17 @@ def test_aborted_requests(pair):
 
 
 @pytest.mark.slow
-def test_without_async_scheduling(make_pair):
-    pair = make_pair(async_scheduling=False)
-    run = pair.run(prompts(8), GREEDY)
-    run.assert_equal()
-    run.assert_saw_trees()
+def test_bfloat16(make_pair):
+    """Rounding depends on the rows of a step, in plain vLLM too, so equality is not claimed."""
+    pair = make_pair(dtype="bfloat16")
+    run = pair.run(prompts(8), SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
+    run.assert_saw_trees(moves=10)
+    said, expected = tokens(run.got), tokens(run.expected)
+    assert all(len(row) == 24 for row in said)
+    # The first token comes before any draft.
+    assert [row[0] for row in said] == [row[0] for row in expected]
+    # A wrong mask, position or move would leave few answers alone.
+    assert sum(a == b for a, b in zip(said, expected, strict=True)) >= 4
 
 
 @pytest.mark.slow
@@ -147,23 +153,25 @@ def test_a_profile_run_leaves_requests_alone(pair):
 
 @pytest.mark.slow
 def test_in_processes_of_their_own(pair, target, taught_drafter, monkeypatch):
-    """vLLM's default: scheduler, runner and trees are in another process."""
+    """vLLM's default: scheduler, runner and trees, of 67 rows here, are in another process."""
     from vllm import LLM
 
+    params = SamplingParams(temperature=0, max_tokens=24)
     pair.plain.reset()
-    expected = pair.plain.generate(prompts(4), GREEDY)
+    expected = pair.plain.generate(prompts(4), params)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     # Kept to the end: its destruction tears down process groups that all engines here share.
     _KEPT.append(llm := LLM(
         model=str(target), dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4,
-        max_num_batched_tokens=256, block_size=32, num_gpu_blocks_override=64,
+        max_num_batched_tokens=512, block_size=32, num_gpu_blocks_override=64,
         speculative_config={
-            "method": "redrafter", "model": str(taught_drafter), "beam_width": 4,
-            "draft_length": 4, "num_speculative_tokens": 10,
+            "method": "redrafter", "model": str(taught_drafter), "beam_width": 17,
+            "draft_length": 4, "num_speculative_tokens": 66,
         },
     ))  # fmt: skip
     requests = [{"prompt_token_ids": prompt} for prompt in prompts(4)]
-    got = llm.generate(requests, GREEDY, use_tqdm=False)
+    got = llm.generate(requests, params, use_tqdm=False)
     stats = llm.collective_rpc("redrafter_stats")[0]
     assert answers(got) == answers(expected)
+    assert stats["nodes_per_draft"] > 63, stats
     assert stats["acceptance_length"] > 1.3

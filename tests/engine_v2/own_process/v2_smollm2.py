@@ -1,22 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's target and the committed drafter on Model Runner V2."""
+"""The demo's target and prompts, and the committed drafter, on Model Runner V2."""
 
 import json
 import os
 from pathlib import Path
 
 import pytest
-from engine_cases.questions import DRAFTER, ask, assert_real_answers, settings, target
+from engine_cases.questions import (
+    DRAFTER,
+    ask,
+    assert_real_answers,
+    demo_prompts,
+    settings,
+    target,
+)
 
 from engine_v2.own_process.engines import engine
 
 
 @pytest.mark.slow
-def test_four_questions():
+def test_demo_prompts():
     common = settings(4) | {"kv_cache_memory_bytes": 1 << 30}
     trees = engine(target(), DRAFTER, **common)
-    expected = ask(engine(target(), **common), 24)
-    got = ask(trees, 24)
+    expected = ask(engine(target(), **common), demo_prompts(), 24)
+    got = ask(trees, demo_prompts(), 24)
     assert got == expected
     assert_real_answers(got, trees.stats)
     # Compared with Model Runner V1's in engine_v1/test_smollm2.py.
