@@ -231,6 +231,9 @@ def test_every_position_is_seen_once_an_epoch_by_some_process():
     assert shares == [{0, 2, 4}, {1, 3, 5}]
     groups = [{p.group for p in s.epoch(0)} for s in schedules]
     assert not groups[0] & groups[1]
+    # Both come to a new group, for whose hidden states they wait, at the same step.
+    starts = [[p.part for p in s.epoch(0)] for s in schedules]
+    assert starts[0] == starts[1]
     whole = Schedule(range(6), anchors, lengths, group_tokens=20, batch_size=4, seed=1)
     for place in whole.epoch(0):
         total = sum(anchors[i] for i in place.members)

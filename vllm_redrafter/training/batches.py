@@ -95,23 +95,27 @@ class Schedule:
         self._seed, self._rank, self._world = seed, rank, world
 
     def epoch(self, epoch: int) -> list[Place]:
-        """The steps of one epoch; equally many for every process."""
-        per_rank = [self._share(epoch, rank) for rank in range(self._world)]
-        return per_rank[self._rank][: min(map(len, per_rank))]
+        """The steps of one epoch; equally many for every process, group by group.
 
-    def _share(self, epoch: int, rank: int) -> list[Place]:
-        """The steps that the sequences of one process make."""
+        Processes wait for one another at every step, and the first of a group has to wait for
+        hidden states: they must all be at that point at once.
+        """
+        places = []
+        shares = [self._groups(epoch, rank) for rank in range(self._world)]
+        for n, groups in enumerate(zip(*shares, strict=False)):
+            totals = [sum(self._anchors[i] for i in group) for group in groups]
+            parts = max(1, round(sum(totals) / len(totals) / self._batch_size))
+            parts = min(parts, -(-min(totals) // RUN))
+            mine = tuple(groups[self._rank])
+            number = n * self._world + self._rank
+            places += [Place(epoch, number, mine, part, parts) for part in range(parts)]
+        return places
+
+    def _groups(self, epoch: int, rank: int) -> list[list[int]]:
+        """The groups of one process's share of the sequences."""
         members = self._members[rank :: self._world]
         order = torch.randperm(len(members), generator=_generator(self._seed, 1, epoch))
-        places = []
-        for n, group in enumerate(
-            pack([members[i] for i in order.tolist()], self._lengths, self._group_tokens)
-        ):
-            number = n * self._world + rank
-            total = sum(self._anchors[i] for i in group)
-            parts = min(max(1, round(total / self._batch_size)), -(-total // RUN))
-            places += [Place(epoch, number, tuple(group), part, parts) for part in range(parts)]
-        return places
+        return pack([members[i] for i in order.tolist()], self._lengths, self._group_tokens)
 
     def steps(self, epochs: float) -> int:
         """Steps in ``epochs`` passes; a part of a pass counts in proportion."""
