@@ -69,6 +69,9 @@ def main() -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         # Paths of the machine that measured say nothing to a reader.
         result.target = Path(result.target).name
+        openmp = result.machine.get("openmp") or {}
+        if openmp.get("LD_PRELOAD"):
+            openmp["LD_PRELOAD"] = Path(openmp["LD_PRELOAD"]).name
         for config in result.variants.values():
             if config:
                 config["model"] = Path(config["model"]).name
