@@ -10,22 +10,6 @@ from engine_cases.cases import CASES
 from engine_cases.run import run_case
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-# Those in which it matters what is known when the next step is scheduled.
-SYNCHRONOUS = (
-    "greedy",
-    "seeded",
-    "stop-tokens",
-    "few-tokens",
-    "logprobs",
-    "penalties",
-    "structured-outputs",
-    "prefix-cache",
-    "chunked-prefill",
-    "preempted",
-    "to-the-end-of-the-context",
-    "sixty-of-mixed-kinds",
-)
-
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(make_pair, case):
@@ -35,12 +19,11 @@ def test_case(make_pair, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SYNCHRONOUS)
-def test_case_without_async_scheduling(make_pair, name):
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case_without_async_scheduling(make_pair, case):
     def synchronous(**settings):
         pair = make_pair(async_scheduling=False, **settings)
         assert not isinstance(pair.trees.scheduler, AsyncScheduler)
         return pair
 
-    [case] = [case for case in CASES if case.name == name]
     run_case(case, synchronous, "v2")
