@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from engine_cases.cases import IDS, greedy
 from engine_cases.run import assert_same, sampling_params, streams_of
 
+SPEC = {"spec_beam_width": 6, "spec_draft_length": 4, "spec_num_speculative_tokens": 15}
 RANK = 8
 BUDGET = 4
 # One token each.
@@ -32,6 +33,16 @@ def settings(reason: str) -> dict[str, Any]:
         return {"enable_lora": True, "max_lora_rank": RANK}
     thinking = ReasoningConfig(reasoning_start_str=THINK, reasoning_end_str=ENOUGH)
     return {"enable_prompt_embeds": True, "reasoning_config": thinking}
+
+
+def engines(engine: Any, target: Path, drafter: Path, reason: str) -> tuple[Any, Any]:
+    """Plain vLLM and ReDrafter, which drafts by itself.
+
+    Args:
+        engine: makes an ``Engine`` of a model runner, as ``engine_v1.engines.engine``.
+    """
+    more = settings(reason)
+    return engine(target, **more), engine(target, drafter, **more, **SPEC)
 
 
 def write_adapter(directory: Path) -> Path:

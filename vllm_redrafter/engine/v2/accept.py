@@ -6,7 +6,7 @@ Operators on tensors of fixed shapes that read nothing back, so that a CUDA grap
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from vllm_redrafter.engine.v2.tree_store import TreeStore
 from vllm_redrafter.ops.walk import walk
 from vllm_redrafter.tree.tree import Tree
 from vllm_redrafter.tree.walk import Walk
+
+# Every tensor of a walk; all have a row per request.
+WALK_FIELDS = tuple(field.name for field in fields(Walk))
 
 
 @dataclass(frozen=True)

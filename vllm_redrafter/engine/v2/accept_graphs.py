@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_redrafter.engine.v2.accept import Accepted, accept, kv_moves
+from vllm_redrafter.engine.v2.accept import WALK_FIELDS, Accepted, accept, kv_moves
 from vllm_redrafter.engine.v2.request_graphs import RequestGraphs
 from vllm_redrafter.engine.v2.sample_rows import SampleRows
 from vllm_redrafter.engine.v2.stats import DeviceStats
@@ -93,16 +93,15 @@ class AcceptBuffers:
             mover(source, target)
         stats.observe(found.num_nodes > 1, found.num_nodes, found.walk.num_accepted)
         stats.observe_moves(moved)
-        for name in ("path", "num_accepted", "last_node", "next_token"):
+        for name in WALK_FIELDS:
             getattr(self, name)[:requests].copy_(getattr(found.walk, name))
         self.emitted[:requests].copy_(found.emitted)
         self.num_nodes[:requests].copy_(found.num_nodes)
 
     def result(self, requests: int) -> Accepted:
         """What is valid until the next step, but for ``emitted``, which is the caller's."""
-        names = ("path", "num_accepted", "last_node", "next_token")
         return Accepted(
-            walk=Walk(**{name: getattr(self, name)[:requests] for name in names}),
+            walk=Walk(**{name: getattr(self, name)[:requests] for name in WALK_FIELDS}),
             # vLLM copies it to the host on another stream, for which the next step does not wait.
             emitted=self.emitted[:requests].clone(),
             num_nodes=self.num_nodes[:requests],

@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
-from vllm_redrafter.engine.v2.accept import Accepted, accept, path_nodes
+from vllm_redrafter.engine.v2.accept import WALK_FIELDS, Accepted, accept, path_nodes
 from vllm_redrafter.engine.v2.sample_rows import SampleRows
 from vllm_redrafter.engine.v2.stats import DeviceStats
 from vllm_redrafter.engine.v2.tree_store import TreeStore
@@ -226,9 +226,10 @@ def _joined(parts: list[Accepted]) -> Accepted:
     """Of consecutive requests, with paths of one width."""
     if len(parts) == 1:
         return parts[0]
-    names = ("path", "num_accepted", "last_node", "next_token")
     return Accepted(
-        walk=Walk(**{name: torch.cat([getattr(p.walk, name) for p in parts]) for name in names}),
+        walk=Walk(
+            **{name: torch.cat([getattr(p.walk, name) for p in parts]) for name in WALK_FIELDS}
+        ),
         emitted=torch.cat([part.emitted for part in parts]),
         num_nodes=torch.cat([part.num_nodes for part in parts]),
     )
