@@ -4,8 +4,8 @@
 The prompts that a small target invents are mostly requests for advice. This adds the other things
 that people ask for: the tasks of `varied_prompts.json` with topics, names and numbers from Corpora
 (CC0), passages of the target's own answers, and Python functions to be completed, whose signatures
-and docstrings come from Python's standard library and from trees of sources that you name. No
-benchmark is among them.
+and docstrings come from Python's standard library, from trees of sources that you name, and from
+`made_functions.py`. No benchmark is among them.
 
     git clone --depth 1 https://github.com/dariusk/corpora
     git clone --depth 1 https://github.com/TheAlgorithms/Python algorithms
@@ -24,6 +24,8 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from made_functions import made_function
 
 TASKS = Path(__file__).with_suffix(".json")
 NOT_SOURCES = {"test", "tests", "idlelib", "lib2to3", "site-packages"}
@@ -216,6 +218,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=8000, help="prompts from tasks x topics")
     parser.add_argument("--functions", type=int, default=2000, help="functions to be completed")
     parser.add_argument("--sources", type=Path, nargs="*", default=[], help="trees of functions")
+    parser.add_argument("--made-functions", type=int, default=0, help="made up, to be completed")
     parser.add_argument("--passages", type=Path, help="dataset whose answers become passages")
     parser.add_argument("--target", help="the target, whose tokenizer --passages needs")
     parser.add_argument("--seed", type=int, default=0)
@@ -230,6 +233,8 @@ def main() -> None:
         heads.update(dict.fromkeys(function_heads(root)))
     for head in rng.sample(list(heads), min(args.functions, len(heads))):
         prompts.append(rng.choice(CODE).format(c=head))
+    for _ in range(args.made_functions):
+        prompts.append(rng.choice(CODE).format(c=made_function(rng)))
     prompts = [re.sub(r"[ \t]+\n", "\n", prompt) for prompt in dict.fromkeys(prompts)]
     rng.shuffle(prompts)
     with args.out.open("w", encoding="utf-8") as file:

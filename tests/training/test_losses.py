@@ -55,6 +55,18 @@ def test_values_and_gradients_are_plain_pytorchs(case, soft, chunk):
         torch.testing.assert_close(mine, theirs)
 
 
+def test_compiled_it_is_the_same(case):
+    x, weight, teacher, rows, _, scale = case
+    results = []
+    for compiled in (False, True):
+        loss, per_row, best = linear_cross_entropy(
+            x, weight, rows, scale, teacher, 4, compiled=compiled
+        )
+        results.append((loss, per_row, best, *torch.autograd.grad(loss, (x, weight))))
+    for eager, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, eager)
+
+
 @pytest.mark.parametrize("soft", [True, False], ids=["soft", "hard"])
 def test_gradcheck(case, soft):
     x, weight, teacher, rows, labels, scale = case

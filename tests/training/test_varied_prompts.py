@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import sys
@@ -16,9 +17,12 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "varied_prompts.py"
 
 @pytest.fixture(scope="module")
 def example():
+    # Its other half lies beside it, as for a script.
+    sys.path.insert(0, str(EXAMPLE.parent))
     spec = importlib.util.spec_from_file_location("varied_prompts_example", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.path.remove(str(EXAMPLE.parent))
     return module
 
 
@@ -90,3 +94,24 @@ def test_passages_are_paragraphs_of_the_answers(example, tmp_path, monkeypatch):
                              "answer": [torch.tensor([False, True, True])]})  # fmt: skip
     monkeypatch.setattr("vllm_redrafter.training.dataset.load_dataset", lambda path: data)
     assert example.read_passages(tmp_path, "target") == [long.strip()]
+
+
+def test_made_functions_are_functions_and_their_examples_true(example):
+    rng = example.random.Random(4)
+    made = [example.made_function(rng) for _ in range(300)]
+    assert len(set(made)) == 300
+    for text in made:
+        ast.parse(text)
+    # What the parts mean, in other words.
+    numbers, k = [3, -4, 8, 8, 12], 4
+    parts = sys.modules["made_functions"]
+    chosen = parts.CHOSEN["even "](numbers, k)
+    limited = parts.LIMITED[" that are divisible by {k}"](chosen, k)
+    assert parts.RESULTS["the sum of the {}"][1](limited) == 24
+    assert parts.RESULTS["a list of the running totals of the {}"][1](limited) == [-4, 4, 12, 24]
+
+
+def test_made_functions_are_among_the_prompts(example, corpora, tmp_path, monkeypatch):
+    prompts = written(example, monkeypatch, tmp_path / "p", "--corpora", str(corpora),
+                      "--tasks", "2", "--functions", "0", "--made-functions", "9")  # fmt: skip
+    assert len(prompts) == 11 and sum("def " in prompt for prompt in prompts) >= 9

@@ -14,8 +14,8 @@ from vllm_redrafter.training.options import DataOptions
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.epilog = (
-        "Hidden states are not stored: `vllm-redrafter train` computes them again, which costs one "
-        "pass of the target over the text and saves thousands of bytes per token. Interrupt at any "
+        "Without --hidden-states `vllm-redrafter train` computes them again, which costs one pass "
+        "of the target over the text and saves thousands of bytes per token. Interrupt at any "
         "time: the same command goes on with the shards that are missing."
     )
     add_fields(parser, DataOptions)

@@ -176,32 +176,17 @@ def make_group(
     members: Sequence[int],
     *,
     offsets: int,
-    stored_need_norm: bool = False,
     cache: dict[int, Tensor] | None = None,
 ) -> Group:
     """Compute (or read) the hidden states of some sequences.
 
     Args:
-        stored_need_norm: stored hidden states come from before the target's final norm.
-        cache: hidden states by sequence number, filled here; None: compute them every time.
+        cache: computed hidden states by sequence number, filled here; None: compute them every
+            time. Those that are stored are read.
     """
     device = target.device
-    sequences = [dataset.tokens[i].long() for i in members]
-    if dataset.hidden is None and cache is not None:
-        for i, tokens in zip(members, sequences, strict=True):
-            if i not in cache:
-                # Alone: values must not depend on the group in which it was first met, or a
-                # resumed run would differ.
-                cache[i] = target.hidden([tokens])[0]
-        hidden = torch.cat([cache[i] for i in members])
-    elif dataset.hidden is None:
-        hidden = torch.cat(target.hidden(sequences))
-    else:
-        hidden = torch.cat([dataset.hidden(i) for i in members]).to(device, target.head.dtype)
-        if stored_need_norm:
-            with torch.inference_mode():
-                hidden = target.final_norm()(hidden)
-    flat = torch.cat(sequences)
+    hidden = torch.cat(_states(target, dataset, members, cache))
+    flat = torch.cat([dataset.tokens[i].long() for i in members])
     # A gap of `offsets` False behind each sequence would do the same; shifting per sequence is
     # simpler than laying them out twice.
     reach = []
@@ -224,6 +209,27 @@ def make_group(
         tokens=tokens.to(device),
         valid=valid.to(device),
     )
+
+
+def _states(
+    target: Target, dataset: Dataset, members: Sequence[int], cache: dict[int, Tensor] | None
+) -> list[Tensor]:
+    """Per sequence ``[n, H]``, in the target's type and on its device."""
+    found: dict[int, Tensor] = {}
+    for i in members:
+        stored = None if dataset.hidden is None else dataset.hidden(i)
+        if stored is not None:
+            found[i] = stored.to(target.device, target.head.dtype)
+        elif cache is not None:
+            if i not in cache:
+                # Alone: values must not depend on the group in which it was first met, or a
+                # resumed run would differ.
+                cache[i] = target.hidden([dataset.tokens[i].long()])[0]
+            found[i] = cache[i]
+    missing = [i for i in members if i not in found]
+    computed = target.hidden([dataset.tokens[i].long() for i in missing])
+    found |= zip(missing, computed, strict=True)
+    return [found[i] for i in members]
 
 
 def _generator(*numbers: int) -> torch.Generator:

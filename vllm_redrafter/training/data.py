@@ -30,6 +30,7 @@ from vllm_redrafter.training.dataset import (
     MANIFEST,
     read_manifest,
     read_shard,
+    read_states,
     shard_texts,
 )
 from vllm_redrafter.training.errors import TrainingError
@@ -58,13 +59,18 @@ StartEngines = Callable[..., list[Engine]]
 
 @dataclass(frozen=True)
 class Item:
-    """One answer that is kept: ids of prompt and answer together."""
+    """One answer that is kept: ids of prompt and answer together.
+
+    Attributes:
+        states: ``[answer tokens, H]``, see `generate.Answer`.
+    """
 
     token_ids: list[int]
     prompt_length: int
     temperature: float
     ended: bool
     prompt_key: int
+    states: Tensor | None = None
 
 
 @dataclass
@@ -214,6 +220,7 @@ def _continue(
 ) -> dict[str, Any]:
     """The manifest of an earlier run with the same options; shards that are not whole leave it."""
     manifest = read_manifest(out)
+    manifest["options"].setdefault("hidden_states", False)  # written before there was a choice
     for name in ("target", "tokenizer_sha256", "vocab_size", "source", "prompts", "options"):
         before, now = manifest.get(name), fresh[name]
         if before == now:
@@ -229,6 +236,8 @@ def _continue(
     for entry in manifest["shards"]:
         try:
             shard = read_shard(out, entry)
+            if "states" in entry:
+                read_states(out, entry)
         except TrainingError as error:
             say(f"{str(error).split(';')[0]}; it is made anew")
             continue
@@ -263,6 +272,7 @@ def _make_shards(
         max_model_len=_context(options),
         compiled=options.compile,
         seed=options.seed,
+        capture=options.hidden_states,
     )
     idle: queue.SimpleQueue[Engine] = queue.SimpleQueue()
     for engine in engines:
@@ -332,7 +342,9 @@ def _answer(
             dropped[reason] += 1
             continue
         ids = request.prompt + answer.token_ids
-        items.append(Item(ids, len(request.prompt), request.temperature, answer.ended, key))
+        items.append(
+            Item(ids, len(request.prompt), request.temperature, answer.ended, key, answer.states)
+        )
     return items, dropped
 
 
@@ -382,6 +394,12 @@ def _not_seen(items: list[Item], seen: Seen, dropped: Counter) -> list[Item]:
 
 def _write_shard(out: Path, number: int, items: list[Item], dropped: Counter) -> dict[str, Any]:
     """Write one shard; returns its entry for the manifest."""
+    states = {}
+    if items and items[0].states is not None:
+        name = f"states-{number:05d}.safetensors"
+        kept = save_bytes({"states": torch.cat([item.states for item in items])})
+        write_atomic(out / name, kept)
+        states = {"states": name, "states_sha256": sha256(kept)}
     data = shard_bytes(items)
     name = f"data-{number:05d}.safetensors"
     write_atomic(out / name, data)
@@ -389,6 +407,7 @@ def _write_shard(out: Path, number: int, items: list[Item], dropped: Counter) ->
         "number": number,
         "file": name,
         "sha256": sha256(data),
+        **states,
         "sequences": len(items),
         "tokens": sum(len(item.token_ids) for item in items),
         "answer_tokens": sum(len(item.token_ids) - item.prompt_length for item in items),

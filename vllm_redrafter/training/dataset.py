@@ -33,14 +33,15 @@ class Dataset:
     Attributes:
         tokens: per sequence, ``[n]`` int32.
         answer: per sequence, ``[n]`` bool: the tokens that the target said.
-        hidden: sequence number -> ``[n, H]``, the stored last hidden states; None: recompute.
+        hidden: sequence number -> ``[n, H]``, the stored last hidden states, or None: recompute.
+            Rows that no anchor needs may be zeros. None: nothing is stored.
         manifest: what `data` recorded; {} for hidden-state files.
     """
 
     tokens: list[Tensor]
     answer: list[Tensor]
     manifest: dict[str, Any]
-    hidden: Callable[[int], Tensor] | None = None
+    hidden: Callable[[int], Tensor | None] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -74,29 +75,20 @@ def load_dataset(directory: str | Path, max_length: int | None = None) -> Datase
 
 
 def join(datasets: Sequence[Dataset]) -> Dataset:
-    """One dataset of the sequences of several, in order; its manifest is the first one's.
-
-    Raises:
-        TrainingError: some have stored hidden states and some have not.
-    """
+    """One dataset of the sequences of several, in order; its manifest is the first one's."""
     if len(datasets) == 1:
         return datasets[0]
-    if len({dataset.hidden is None for dataset in datasets}) > 1:
-        raise TrainingError(
-            "some of --data hold hidden states and some do not; give datasets of one kind."
-        )
     places = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
 
-    def hidden(number: int) -> Tensor:
+    def hidden(number: int) -> Tensor | None:
         dataset, i = places[number]
-        assert dataset.hidden is not None
-        return dataset.hidden(i)
+        return None if dataset.hidden is None else dataset.hidden(i)
 
     return Dataset(
         [tokens for dataset in datasets for tokens in dataset.tokens],
         [answer for dataset in datasets for answer in dataset.answer],
         datasets[0].manifest,
-        None if datasets[0].hidden is None else hidden,
+        None if all(dataset.hidden is None for dataset in datasets) else hidden,
     )
 
 
@@ -150,12 +142,20 @@ def read_shard(directory: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
     Raises:
         TrainingError: missing or changed.
     """
-    path = directory / entry["file"]
+    return _checked(directory / entry["file"], entry["sha256"])
+
+
+def read_states(directory: Path, entry: dict[str, Any]) -> Tensor:
+    """``[A, H]``, one shard's hidden states, checked like the shard."""
+    return _checked(directory / entry["states"], entry["states_sha256"])["states"]
+
+
+def _checked(path: Path, wanted: str) -> dict[str, Tensor]:
     try:
         data = path.read_bytes()
     except OSError as error:
         raise TrainingError(f"the shard '{path}' cannot be read ({error.strerror}).") from error
-    if sha256(data) != entry["sha256"]:
+    if sha256(data) != wanted:
         raise TrainingError(
             f"the shard '{path}' is not what the manifest recorded (sha256 differs); run "
             "`vllm-redrafter data` with the same options again: it makes this shard anew."
@@ -172,12 +172,46 @@ def shard_texts(shard: dict[str, Tensor]) -> Iterator[tuple[Tensor, int]]:
 def _load_shards(directory: Path, max_length: int | None) -> Dataset:
     manifest = read_manifest(directory)
     tokens, answer = [], []
+    # Per sequence: file and first row of its states, None where there are none.
+    stored: list[tuple[Path, int] | None] = []
     for entry in sorted(manifest["shards"], key=lambda entry: entry["file"]):
+        path = directory / entry["states"] if "states" in entry else None
+        row = 0
         for ids, prompt in shard_texts(read_shard(directory, entry)):
+            stored.append(None if path is None else (path, row))
+            row += len(ids) - prompt
             ids = ids[:max_length]
             tokens.append(ids)
             answer.append(torch.arange(len(ids)) >= prompt)
-    return Dataset(tokens, answer, manifest)
+        if path is not None:
+            _check_states(path, row)
+
+    def hidden(number: int) -> Tensor | None:
+        place = stored[number]
+        if place is None:
+            return None
+        path, row = place
+        said = int(answer[number].sum())
+        with _opened(path) as file:
+            rows = file.get_slice("states")[row : row + said]
+        # Each answer token's row is the state of the token before it.
+        states = rows.new_zeros(len(tokens[number]), rows.shape[1])
+        first = len(states) - said - 1
+        states[first : first + said] = rows
+        return states
+
+    return Dataset(tokens, answer, manifest, hidden if any(stored) else None)
+
+
+def _check_states(path: Path, rows: int) -> None:
+    """Raise TrainingError unless a shard's states are there, one per answer token."""
+    with _opened(path) as file:
+        found = file.get_slice("states").get_shape() if "states" in file.keys() else []
+    if len(found) != 2 or found[0] != rows:
+        raise TrainingError(
+            f"'{path}' holds states of shape {list(found)}, but its shard has {rows} answer "
+            "tokens; run `vllm-redrafter data` with the same options again to make them anew."
+        )
 
 
 def hidden_state_files(directory: Path) -> list[Path]:

@@ -16,10 +16,13 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, Protocol
+
+from safetensors.torch import load, save
+from torch import Tensor
 
 from vllm_redrafter.training.errors import TrainingError
 
@@ -36,10 +39,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the target said; ``ended`` unless ``max_tokens`` cut it off."""
+    """What the target said; ``ended`` unless ``max_tokens`` cut it off.
+
+    Attributes:
+        states: ``[n, H]``, the hidden state from which each token was sampled; None: not kept.
+    """
 
     token_ids: list[int]
     ended: bool
+    states: Tensor | None = None
 
 
 class Engine(Protocol):
@@ -53,7 +61,14 @@ class Engine(Protocol):
 class EngineProcess:
     """A child process with one ``vllm.LLM``; starts at once, is ready when it first answers."""
 
-    def __init__(self, llm_kwargs: dict[str, Any], env: dict[str, str]) -> None:
+    def __init__(
+        self, llm_kwargs: dict[str, Any], env: dict[str, str], capture: bool = False
+    ) -> None:
+        """Start the child.
+
+        Args:
+            capture: keep the hidden states of the answers.
+        """
         self._pipe, theirs = Pipe()
         self._log = tempfile.TemporaryFile()  # without a name: nothing is left behind
         fd = theirs.fileno()
@@ -68,7 +83,7 @@ class EngineProcess:
             start_new_session=True,
         )
         theirs.close()
-        self._pipe.send(llm_kwargs)
+        self._pipe.send((llm_kwargs, capture))
 
     def generate(self, requests: list[Request], seed: int) -> list[Answer]:
         """Answers in the order of the requests; blocks.
@@ -86,7 +101,11 @@ class EngineProcess:
             ) from error
         if kind == "error":
             raise TrainingError(f"vLLM could not run the target: {value}")
-        return value
+        answers, states = value
+        if states is None:
+            return answers
+        parts = load(states)["states"].split([len(answer.token_ids) for answer in answers])
+        return [replace(answer, states=part) for answer, part in zip(answers, parts, strict=True)]
 
     def stop(self) -> None:
         """End the child, whatever it is doing."""
@@ -110,7 +129,14 @@ class EngineProcess:
 
 
 def start_engines(
-    target: str, count: int | None, *, dtype: str, max_model_len: int, compiled: bool, seed: int
+    target: str,
+    count: int | None,
+    *,
+    dtype: str,
+    max_model_len: int,
+    compiled: bool,
+    seed: int,
+    capture: bool = False,
 ) -> list[Engine]:
     """Start engines side by side: one per GPU (in turn), or sharing the CPU's cores."""
     gpus = visible_gpus()
@@ -123,7 +149,11 @@ def start_engines(
         "seed": seed,
         "disable_log_stats": True,
     }
-    return [EngineProcess(kwargs, engine_env(i, count, gpus)) for i in range(count)]
+    envs = [engine_env(i, count, gpus) for i in range(count)]
+    if capture:
+        # Where it takes the states from.
+        envs = [env | {"VLLM_USE_V2_MODEL_RUNNER": "0"} for env in envs]
+    return [EngineProcess(kwargs, env, capture) for env in envs]
 
 
 def visible_gpus() -> list[str]:
@@ -162,12 +192,17 @@ def _python_path() -> str:
 
 def _serve(pipe: Connection) -> None:
     """The child's side: build the engine, then answer until the pipe closes."""
-    kwargs = pipe.recv()
+    kwargs, capture = pipe.recv()
     try:
         import torch
         from vllm import LLM, SamplingParams
 
         engine = LLM(**kwargs)
+        states = None
+        if capture:
+            from vllm_redrafter.engine.v1.capture import StateCapture
+
+            states = StateCapture(engine)
         while True:
             requests, seed = pipe.recv()
             # One seed per shard: seeds per request would need a generator for each of them.
@@ -187,7 +222,9 @@ def _serve(pipe: Connection) -> None:
                 Answer(list(one.token_ids), one.finish_reason == "stop")
                 for one in (output.outputs[0] for output in outputs)
             ]
-            pipe.send(("done", answers))
+            # As bytes: tensors would travel through shared memory, file by file.
+            kept = None if states is None else save({"states": states.take(outputs)})
+            pipe.send(("done", (answers, kept)))
     except EOFError:
         return
     except BaseException as error:  # noqa: BLE001 - the parent must hear of every failure

@@ -8,6 +8,8 @@ once (softmax minus teacher, which needs nothing from later), and the logits are
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ def linear_cross_entropy(
     scale: Tensor,
     teacher: Tensor | None = None,
     chunk: int | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``sum(scale * CE(target, softmax(x W^T)))``, soft or hard.
 
@@ -36,6 +39,7 @@ def linear_cross_entropy(
         teacher: ``[R, V]`` float, probabilities; rows may sum to less than 1 (a part of the
             distribution that the head does not cover), and are weighted accordingly.
         chunk: rows at a time; None: as many as make about four million logits.
+        compiled: let torch.compile make one pass of the dozen over a chunk's logits.
 
     Returns:
         the loss (scalar, differentiable once in x and weight); each row's cross-entropy ``[N]``
@@ -43,7 +47,14 @@ def linear_cross_entropy(
     """
     chunk = chunk or max(16, _CHUNK_ENTRIES // weight.shape[0])
     return _LinearCrossEntropy.apply(
-        x, weight, rows, scale, teacher, chunk, torch.is_grad_enabled()
+        x,
+        weight,
+        rows,
+        scale,
+        teacher,
+        chunk,
+        torch.is_grad_enabled(),
+        _compiled_chunk_loss() if compiled else _chunk_loss,
     )
 
 
@@ -58,6 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         teacher: Tensor | None,
         chunk: int,
         with_grad: bool,
+        chunk_loss: Callable[..., tuple[Tensor | None, Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor, Tensor]:
         exact = torch.promote_types(x.dtype, torch.float32)
         need_x = with_grad and ctx.needs_input_grad[0]
@@ -71,24 +83,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             head = weight.to(x.dtype)
             for start in range(0, len(x), chunk):
                 here = slice(start, start + chunk)
-                logits = (x[here] @ head.T).to(exact)
-                normaliser = logits.logsumexp(-1)
-                best[here] = logits.argmax(-1)
-                if teacher is None:
-                    label = rows[here].clamp(min=0)[:, None]
-                    per_row[here] = normaliser - logits.gather(1, label).squeeze(1)
-                else:
-                    wanted = teacher[rows[here].clamp(min=0)].to(exact)
-                    mass = wanted.sum(-1)
-                    per_row[here] = mass * normaliser - (wanted * logits).sum(-1)
-                if not (need_x or need_w):
+                logits = x[here] @ head.T
+                grad, per_row[here], best[here] = chunk_loss(
+                    logits, rows[here].clamp(min=0), scale[here], teacher, need_x or need_w
+                )
+                if grad is None:
                     continue
-                grad = logits.sub_(normaliser[:, None]).exp_()
-                if teacher is None:
-                    grad.scatter_add_(1, label, torch.full_like(label, -1, dtype=exact))
-                else:
-                    grad.mul_(mass[:, None]).sub_(wanted)
-                grad = grad.mul_(scale[here, None]).to(x.dtype)
                 if grad_x is not None:
                     grad_x[here] = grad @ head
                 if grad_w is not None:
@@ -104,4 +104,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         # A factor of shape [] does not change the type of a tensor.
         grads = [next(saved) * grad if need else None for need in ctx.need]
-        return (*grads, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None)
+
+
+def _chunk_loss(
+    logits: Tensor, rows: Tensor, scale: Tensor, teacher: Tensor | None, with_grad: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradient of some logits ``[n, V]`` (in their type, scaled), their losses, their argmax."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    normaliser = exact.logsumexp(-1)
+    best = exact.argmax(-1)
+    if teacher is None:
+        per_row = normaliser - exact.gather(1, rows[:, None]).squeeze(1)
+        if not with_grad:
+            return None, per_row, best
+        grad = (exact - normaliser[:, None]).exp()
+        grad = grad.scatter_add(1, rows[:, None], grad.new_full((len(rows), 1), -1.0))
+    else:
+        wanted = teacher[rows].to(exact.dtype)
+        mass = wanted.sum(-1)
+        per_row = mass * normaliser - (wanted * exact).sum(-1)
+        if not with_grad:
+            return None, per_row, best
+        grad = (exact - normaliser[:, None]).exp() * mass[:, None] - wanted
+    return (grad * scale[:, None]).to(logits.dtype), per_row, best
+
+
+@functools.cache
+def _compiled_chunk_loss() -> Callable[..., tuple[Tensor | None, Tensor, Tensor]]:
+    return torch.compile(_chunk_loss)
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """What keeps torch.compile from working here, None if nothing does."""
+    try:
+        x = torch.zeros(2, 2, device=device)
+        linear_cross_entropy(x, x, torch.zeros(2, dtype=torch.int64), x[0], compiled=True)
+    except Exception as error:  # noqa: BLE001 - whatever the compiler's many layers raise
+        return str(error).splitlines()[0]
+    return None

@@ -54,6 +54,9 @@ class DataOptions:
         "on a CPU are fastest with one process per core", minimum=1, free=True)  # fmt: skip
     dtype: str = option("auto", "type in which the target runs", choices=("auto", "bfloat16",
                         "float16", "float32"))  # fmt: skip
+    hidden_states: bool = option(
+        False, "keep the target's hidden states of the answers as well: training need not compute "
+        "them, at hidden size times 2 bytes (4 in float32) per answer token")  # fmt: skip
     compile: bool = option(False, "let vLLM compile the target: faster on GPUs, slow to start")
     seed: int = option(0, "seed of everything random", minimum=0)
 
@@ -77,7 +80,7 @@ class TrainOptions:
     target: str | None = option(None, "directory of the target model", required=True)
     data: tuple[str, ...] = option(
         (), "directory written by `vllm-redrafter data`, or one of `hs_*.safetensors` files with "
-        "hidden states as the project speculators writes them; several of one kind are joined",
+        "hidden states as the project speculators writes them; several are joined",
         required=True)  # fmt: skip
     out: str | None = option(None, "directory of the drafter to write", required=True)
     resume: bool = option(False, "go on from the last checkpoint in --out, exactly as if the run "
@@ -145,6 +148,9 @@ class TrainOptions:
     weight_decay: float = option(0.0, "AdamW's weight decay", minimum=0)
     clip: float = option(1.0, "largest norm of a step's gradient", above=0)
     bf16: bool = option(False, "compute the drafter under bfloat16 autocast; weights stay float32")
+    compile: bool = option(
+        False, "fuse the loss with torch.compile, which on a CPU needs a C++ compiler: steps take "
+        "about two thirds of the time")  # fmt: skip
     target_dtype: str = option("auto", "type in which the target computes hidden states; best the "
                                "one it is served in", choices=("auto", "bfloat16", "float16",
                                "float32"))  # fmt: skip

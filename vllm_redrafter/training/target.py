@@ -6,12 +6,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vllm_redrafter.training.dataset import Dataset
 from vllm_redrafter.training.errors import TrainingError, missing
 
 # Tokens of one pass, padding included: enough for a device to be busy, little for its memory.
@@ -176,13 +178,35 @@ def vocab_sha256(vocab: dict[str, int]) -> str:
     return hashlib.sha256(json.dumps(sorted(vocab.items())).encode()).hexdigest()
 
 
+def with_finished_states(target: Target, dataset: Dataset) -> Dataset:
+    """The same data, its stored hidden states (if any) as the target's head wants them.
+
+    Raises:
+        TrainingError: see `check_stored_states`.
+    """
+    stored = dataset.hidden
+    if stored is None:
+        return dataset
+    at = next(i for i in range(len(dataset)) if stored(i) is not None)
+    if not check_stored_states(target, dataset.tokens[at].long(), stored(at)):
+        return dataset
+    norm = target.final_norm()
+
+    @torch.inference_mode()
+    def normed(number: int) -> Tensor | None:
+        states = stored(number)
+        return None if states is None else norm(states.to(target.device, target.head.dtype))
+
+    return replace(dataset, hidden=normed)
+
+
 @torch.inference_mode()
 def check_stored_states(target: Target, tokens: Tensor, stored: Tensor) -> bool:
     """Whether stored hidden states still need the final norm; by computing one sequence anew.
 
     Args:
         tokens: ``[n]``.
-        stored: ``[n, H]``.
+        stored: ``[n, H]``; rows of zeros are not there.
 
     Returns:
         False when they are as the target's head wants them, True when they lack the norm.
@@ -195,8 +219,9 @@ def check_stored_states(target: Target, tokens: Tensor, stored: Tensor) -> bool:
             f"the stored hidden states have size {stored.shape[-1]}, but the target's have "
             f"{target.hidden_size}; give the target that they were taken from."
         )
-    wanted = target.hidden([tokens])[0].float()
-    stored = stored.to(wanted.device)
+    there = stored.any(-1)
+    wanted = target.hidden([tokens])[0].float()[there.to(target.device)]
+    stored = stored[there].to(wanted.device)
     candidates = {False: stored.float()}
     norm = target.final_norm()
     if norm is not None:

@@ -26,15 +26,15 @@ from vllm_redrafter.training.defaults import resolve
 from vllm_redrafter.training.errors import TrainingError, missing
 from vllm_redrafter.training.files import make_directory, write_atomic, write_json
 from vllm_redrafter.training.log import Log, can_plot, plot
-from vllm_redrafter.training.losses import linear_cross_entropy
+from vllm_redrafter.training.losses import linear_cross_entropy, why_not_compiled
 from vllm_redrafter.training.model import TrainableDrafter
 from vllm_redrafter.training.options import TrainOptions, decisive
 from vllm_redrafter.training.start import load_start, with_shape_of
 from vllm_redrafter.training.target import (
     Target,
-    check_stored_states,
     choose_device,
     tokenizer_sha256,
+    with_finished_states,
 )
 
 CHECKPOINT = "checkpoint.pt"
@@ -91,8 +91,8 @@ class _Run:
         self.device = choose_device(options.device, local)
         saved = self._read_checkpoint()
         datasets = [load_dataset(directory, options.max_length) for directory in options.data]
-        self.dataset = join(datasets)
         self.target = Target(options.target, options.target_dtype, self.device)
+        self.dataset = join([with_finished_states(self.target, dataset) for dataset in datasets])
         begin = load_start(options, self.target)
         self.options = options = with_shape_of(options, begin)
         self.recipe = resolve(options, self.target.hidden_size, self.target.vocab_size)
@@ -100,11 +100,6 @@ class _Run:
         for dataset, directory in zip(datasets, options.data, strict=True):
             check_fits(dataset, self.target.vocab_size, tokenizer, directory)
         self.cache: dict[int, Tensor] | None = {} if options.cache else None
-        self.stored_need_norm = False
-        if self.dataset.hidden is not None:
-            self.stored_need_norm = check_stored_states(
-                self.target, self.dataset.tokens[0].long(), self.dataset.hidden(0)
-            )
         self.members, self.held_out = split(self.dataset, options.held_out, options.seed)
         if not self.members:
             raise TrainingError(
@@ -140,6 +135,10 @@ class _Run:
             raise TrainingError(
                 f"there are fewer groups of --group-tokens than the {world} processes; lower "
                 "--group-tokens."
+            )
+        if options.compile and (reason := why_not_compiled(self.device)):
+            raise TrainingError(
+                f"--compile does not work here ({reason}); mend that, or leave --compile out."
             )
         torch.manual_seed(options.seed)
         self.model = self._model()
@@ -239,7 +238,7 @@ class _Run:
         share = self.offset_weights / valid.sum(0).clamp(min=1)
         scale = (valid * share).T.flatten().float()
         loss, per_row, best = linear_cross_entropy(
-            features, self.model.head, rows.T.flatten(), scale, teacher
+            features, self.model.head, rows.T.flatten(), scale, teacher, compiled=options.compile
         )
         shape = (options.offsets, len(at))
         right = (best.view(shape) == label.T) & drafted.T
@@ -266,7 +265,6 @@ class _Run:
             self.dataset,
             members,
             offsets=self.options.offsets,
-            stored_need_norm=self.stored_need_norm,
             cache=self.cache,
         )
 
@@ -291,8 +289,7 @@ class _Run:
         for i in self.members:
             if rows >= _SAMPLE_TOKENS:
                 break
-            group = make_group(target, self.dataset, [i], offsets=1,
-                               stored_need_norm=self.stored_need_norm)  # fmt: skip
+            group = make_group(target, self.dataset, [i], offsets=1)
             sample.append(group.hidden[group.anchor])
             rows += len(group.anchor)
         model = TrainableDrafter(
