@@ -26,7 +26,12 @@ class Server:
     """One server on a free port; ``start`` returns at once, ``wait`` when it answers."""
 
     def __init__(
-        self, log: Path, model: Path, *flags: str, speculative: dict[str, Any] | None = None
+        self,
+        log: Path,
+        model: Path,
+        *flags: str,
+        speculative: dict[str, Any] | None = None,
+        env: dict[str, str] | None = None,
     ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -38,7 +43,7 @@ class Server:
         ]  # fmt: skip
         if speculative is not None:
             command += ["--speculative-config", json.dumps(speculative)]
-        env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+        env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **(env or {})}
         # The output goes to a file: a full pipe would stop the server.
         with log.open("w") as out:
             self.process = subprocess.Popen(

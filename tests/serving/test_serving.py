@@ -19,11 +19,20 @@ FLAGS = (
 )  # fmt: skip
 
 
-def serve_both(tmp_path, target, drafter, flags):
+# In Triton's interpreter vLLM chooses Model Runner V2; the harness brings both together.
+HARNESS = Path(__file__).resolve().parents[1] / "engine_v2" / "harness"
+V2 = {
+    "PYTHONPATH": os.pathsep.join(filter(None, (str(HARNESS), os.environ.get("PYTHONPATH")))),
+    "TRITON_INTERPRET": "1",
+}
+V2_LOG = "Using V2 Model Runner"
+
+
+def serve_both(tmp_path, target, drafter, flags, env=None):
     """A plain server and one with ReDrafter, started side by side."""
-    plain = Server(tmp_path / "plain.log", target, *flags)
+    plain = Server(tmp_path / "plain.log", target, *flags, env=env)
     ours = Server(
-        tmp_path / "redrafter.log", target, *flags,
+        tmp_path / "redrafter.log", target, *flags, env=env,
         speculative={"method": "redrafter", "model": str(drafter)},
     )  # fmt: skip
     try:
@@ -35,10 +44,15 @@ def serve_both(tmp_path, target, drafter, flags):
         ours.kill()
 
 
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory, target, drafter):
-    flags = (*FLAGS, "--enforce-eager")
-    yield from serve_both(tmp_path_factory.mktemp("servers"), target, drafter, flags)
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def servers(request, tmp_path_factory, target, drafter):
+    flags, env = (*FLAGS, "--enforce-eager"), None
+    if request.param == "v2":
+        flags, env = (*flags, "--async-scheduling"), V2
+    for both in serve_both(tmp_path_factory.mktemp("servers"), target, drafter, flags, env):
+        for server in both:
+            assert (V2_LOG in server.log.read_text()) == (request.param == "v2")
+        yield both
 
 
 def completion(prompt, **more):

@@ -3,49 +3,15 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 from engine_v1.tiny_target import tiny_drafter, write_target, write_taught_drafter
-from triton.runtime.interpreter import InterpreterBuilder
-from vllm.platforms.cpu import CpuPlatform
-from vllm.v1.sample.ops import topk_topp_sampler
+from redrafter_test_triton_cpu.vllm_plugin import apply
 
 from engine_v2.own_process.engines import SPEC, Pair, engine
 from vllm_redrafter.drafter.checkpoint import save_drafter
 from vllm_redrafter.plugin import register
 
-# A Triton kernel that the interpreter cannot run; its PyTorch form is exact too.
-topk_topp_sampler.HAS_TRITON = False
-
-
-def _keep_async_scheduling() -> None:
-    """vLLM switches it off on CPUs; on GPUs it is the default, and V2 is made for it."""
-    original = CpuPlatform.check_and_update_config.__func__
-
-    def check_and_update_config(cls, vllm_config):
-        wanted = vllm_config.scheduler_config.async_scheduling
-        original(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = bool(wanted)
-
-    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
-
-
-def _take_integer_masks() -> None:
-    """vLLM's grammar kernel stores with an integer mask, which the interpreter refuses."""
-    for name in ("create_masked_load", "create_masked_store"):
-        original = getattr(InterpreterBuilder, name)
-        at = list(inspect.signature(original).parameters).index("mask") - 1
-
-        def masked(self, *args, _original=original, _at=at):
-            args[_at].data = args[_at].data.astype(bool)
-            return _original(self, *args)
-
-        setattr(InterpreterBuilder, name, masked)
-
-
-_keep_async_scheduling()
-_take_integer_masks()
+apply()
 register()
 
 
