@@ -185,8 +185,9 @@ def test_sigterm_ends_every_process(servers):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_with_compilation_on(tmp_path, target, drafter):
-    for plain, ours in serve_both(tmp_path, target, drafter, FLAGS):
+@pytest.mark.parametrize("env", [None, V2], ids=["v1", "v2"])
+def test_with_compilation_on(tmp_path, target, drafter, env):
+    for plain, ours in serve_both(tmp_path, target, drafter, FLAGS, env):
         compare(plain, ours, [completion(prompt) for prompt in prompts(8)])
         assert drafted(ours)["accepted_tokens"] > 0
 
