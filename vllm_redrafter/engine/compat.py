@@ -239,6 +239,22 @@ _V1 = (
     Hook(f"{RUNNER}.initialize_kv_cache", "extended: learns the KV layout", ("kv_cache_config",)),
     Hook(f"{RUNNER}._update_states", "extended: forgets finished requests", ("scheduler_output",)),
     Hook(
+        f"{RUNNER}.sample_tokens",
+        "replaced where `vllm-redrafter data --hidden-states` answers: keeps what is sampled from",
+        parameters=("grammar_output",),
+    ),
+    Hook(RUNNER, "see sample_tokens", attributes=("requests", "input_batch")),
+    Hook(
+        "vllm.v1.worker.gpu_model_runner:ExecuteModelState",
+        "see sample_tokens",
+        fields=("scheduler_output", "sample_hidden_states"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu_input_batch:CachedRequestState",
+        "see sample_tokens",
+        fields=("num_computed_tokens",),
+    ),
+    Hook(
         "vllm.v1.worker.gpu_input_batch:InputBatch",
         "per-request rows",
         attributes=(
