@@ -187,8 +187,10 @@ def with_finished_states(target: Target, dataset: Dataset) -> Dataset:
     stored = dataset.hidden
     if stored is None:
         return dataset
-    at = next(i for i in range(len(dataset)) if stored(i) is not None)
-    if not check_stored_states(target, dataset.tokens[at].long(), stored(at)):
+    # A text that was cut may have lost its whole answer, and with it its states.
+    some = (i for i in range(len(dataset)) if (here := stored(i)) is not None and here.any())
+    at = next(some, None)
+    if at is None or not check_stored_states(target, dataset.tokens[at].long(), stored(at)):
         return dataset
     norm = target.final_norm()
 
