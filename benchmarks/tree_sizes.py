@@ -10,8 +10,12 @@ Every setting is an engine in a process of its own and all take turns (see
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vllm_redrafter.cli.demo import BUNDLED_DRAFTER
 from vllm_redrafter.demo.compare import Comparison, Settings, compare
@@ -63,8 +67,10 @@ def main() -> None:
     questions = spread(mt_bench(), args.prompts)
     result = compare(target, variants, chat_token_ids(questions, target), settings)
     print(table(result))
+    categories = {}
     if args.batch_size == 1:
-        print("\n" + category_table(result, [question.category for question in questions]))
+        categories = by_category(result, [question.category for question in questions])
+        print("\n" + category_table(categories))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         # Paths of the machine that measured say nothing to a reader.
@@ -75,7 +81,10 @@ def main() -> None:
         for config in result.variants.values():
             if config:
                 config["model"] = Path(config["model"]).name
-        result.save(args.json)
+        # Single runs, with all their tokens, are many times as long as what they say.
+        data = {name: value for name, value in result.to_json().items() if name != "runs"}
+        data = {"command": shlex.join(sys.argv[1:]), **data, "by_category": categories}
+        args.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def table(result: Comparison) -> str:
@@ -98,27 +107,38 @@ def table(result: Comparison) -> str:
     return "\n".join(lines)
 
 
-def category_table(result: Comparison, categories: Sequence[str]) -> str:
-    """Markdown, one row per category: ratio to plain vLLM and acceptance length of each setting.
+def by_category(result: Comparison, categories: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Per category the number of prompts, and each setting's ratio to plain vLLM and acceptance.
 
     Args:
         categories: of every prompt; at batch size 1 a prompt is a group of its own.
     """
-    names = [name for name in result.variants if name != result.baseline]
+    found: dict[str, dict[str, Any]] = {}
+    for category in dict.fromkeys(categories):
+        groups = {i for i, name in enumerate(categories) if name == category}
+        found[category] = {"prompts": len(groups)}
+        for name in result.variants:
+            if name == result.baseline:
+                continue
+            spec = sum(
+                (run.result.spec for run in result.of(name) if run.group in groups), SpecCounters()
+            )
+            length = 1 + spec.accepted / spec.drafts if spec.drafts else 1.0
+            ratio = result.ratio(name, groups).overall
+            found[category][name] = {"ratio": ratio, "acceptance_length": length}
+    return found
+
+
+def category_table(found: dict[str, dict[str, Any]]) -> str:
+    """`by_category` as Markdown, one row per category."""
+    names = [name for name in next(iter(found.values())) if name != "prompts"]
     lines = [
         f"| ratio, acceptance length | prompts | {' | '.join(names)} |",
         "| --- | --- |" + " --- |" * len(names),
     ]
-    for category in dict.fromkeys(categories):
-        groups = {i for i, name in enumerate(categories) if name == category}
-        cells = []
-        for name in names:
-            spec = sum(
-                (run.result.spec for run in result.of(name) if run.group in groups), SpecCounters()
-            )
-            length = f"{1 + spec.accepted / spec.drafts:.2f}" if spec.drafts else "1"
-            cells.append(f"{result.ratio(name, groups).overall:.2f}, {length}")
-        lines.append(f"| {category} | {len(groups)} | {' | '.join(cells)} |")
+    for category, row in found.items():
+        cells = [f"{row[n]['ratio']:.2f}, {row[n]['acceptance_length']:.2f}" for n in names]
+        lines.append(f"| {category} | {row['prompts']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -24,7 +24,9 @@ def test_a_row_for_every_category():
         target="t", variants={plain: None, tree: {}}, settings=Settings(), baseline=plain,
         runs=runs, peak_rss_bytes={plain: 1, tree: 1}, startup_seconds={plain: 1.0, tree: 1.0},
     )  # fmt: skip
-    assert script.category_table(result, ["math", "coding", "math"]).splitlines() == [
+    found = script.by_category(result, ["math", "coding", "math"])
+    assert found["math"] == {"prompts": 2, tree: {"ratio": 2.0, "acceptance_length": 1.75}}
+    assert script.category_table(found).splitlines() == [
         "| ratio, acceptance length | prompts | 4,3,7 |",
         "| --- | --- | --- |",
         "| math | 2 | 2.00, 1.75 |",  # 6 s against 3; 6 accepted in 8 drafts
