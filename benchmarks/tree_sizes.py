@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +81,7 @@ def main() -> None:
                 config["model"] = Path(config["model"]).name
         # Single runs, with all their tokens, are many times as long as what they say.
         data = {name: value for name, value in result.to_json().items() if name != "runs"}
-        data = {"command": shlex.join(sys.argv[1:]), **data, "by_category": categories}
+        data["by_category"] = categories
         args.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
