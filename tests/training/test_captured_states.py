@@ -61,8 +61,7 @@ def test_an_engine_gives_the_state_behind_every_token(tmp_path):
               "block_size": 32, "num_gpu_blocks_override": 10, "max_num_batched_tokens": 24,
               "max_num_seqs": 8, "disable_log_stats": True,
               "enable_prefix_caching": False}  # fmt: skip
-    env = engine_env(0, 1, []) | {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-    engine = EngineProcess(kwargs, env, capture=True)
+    engine = EngineProcess(kwargs, engine_env(0, 1, []), capture=True)
     generator = torch.Generator().manual_seed(3)
     requests = [
         Request(torch.randint(90, (length,), generator=generator).tolist(), temperature, 40)

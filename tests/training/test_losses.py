@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from vllm_redrafter.training import losses
 from vllm_redrafter.training.losses import linear_cross_entropy
 
 N, WIDTH, VOCAB, TEACHERS = 11, 5, 7, 4
@@ -65,6 +66,18 @@ def test_compiled_it_is_the_same(case):
         results.append((loss, per_row, best, *torch.autograd.grad(loss, (x, weight))))
     for eager, fused in zip(*results, strict=True):
         torch.testing.assert_close(fused, eager)
+
+
+@pytest.mark.parametrize("said", ["no compiler\nhere", ""])
+def test_what_keeps_it_from_being_compiled(monkeypatch, said):
+    def fail(*args):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(losses, "_compiled_chunk_loss", lambda: fail)
+    reason = losses.why_not_compiled(torch.device("cpu"))
+    assert reason == ("no compiler" if said else "RuntimeError")
+    monkeypatch.setattr(losses, "_compiled_chunk_loss", lambda: losses._chunk_loss)
+    assert losses.why_not_compiled(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("soft", [True, False], ids=["soft", "hard"])

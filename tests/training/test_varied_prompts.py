@@ -96,7 +96,7 @@ def test_passages_are_paragraphs_of_the_answers(example, tmp_path, monkeypatch):
     assert example.read_passages(tmp_path, "target") == [long.strip()]
 
 
-def test_made_functions_are_functions_and_their_examples_true(example):
+def test_made_functions_are_functions_and_their_parts_mean_what_they_say(example):
     rng = example.random.Random(4)
     made = [example.made_function(rng) for _ in range(300)]
     assert len(set(made)) == 300

@@ -67,8 +67,10 @@ class EngineProcess:
         """Start the child.
 
         Args:
-            capture: keep the hidden states of the answers.
+            capture: keep the hidden states of the answers; on Model Runner V1, which gives them.
         """
+        if capture:
+            env = env | {"VLLM_USE_V2_MODEL_RUNNER": "0"}
         self._pipe, theirs = Pipe()
         self._log = tempfile.TemporaryFile()  # without a name: nothing is left behind
         fd = theirs.fileno()
@@ -149,11 +151,7 @@ def start_engines(
         "seed": seed,
         "disable_log_stats": True,
     }
-    envs = [engine_env(i, count, gpus) for i in range(count)]
-    if capture:
-        # Where it takes the states from.
-        envs = [env | {"VLLM_USE_V2_MODEL_RUNNER": "0"} for env in envs]
-    return [EngineProcess(kwargs, env, capture) for env in envs]
+    return [EngineProcess(kwargs, engine_env(i, count, gpus), capture) for i in range(count)]
 
 
 def visible_gpus() -> list[str]:

@@ -139,7 +139,8 @@ def why_not_compiled(device: torch.device) -> str | None:
     """What keeps torch.compile from working here, None if nothing does."""
     try:
         x = torch.zeros(2, 2, device=device)
-        linear_cross_entropy(x, x, torch.zeros(2, dtype=torch.int64), x[0], compiled=True)
+        labels = torch.zeros(2, dtype=torch.int64, device=device)
+        linear_cross_entropy(x, x, labels, x[0], compiled=True)
     except Exception as error:  # noqa: BLE001 - whatever the compiler's many layers raise
-        return str(error).splitlines()[0]
+        return (str(error).splitlines() or [type(error).__name__])[0]
     return None
