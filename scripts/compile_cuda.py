@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "packaging"))
@@ -38,26 +40,40 @@ def demangled(names: list[str]) -> list[str]:
             for line in done.stdout.splitlines()]  # fmt: skip
 
 
-def resources(ptxas: str) -> list[tuple[str, str, int, int, int]]:
-    """(kernel, architecture, registers, spilled bytes, static shared bytes) from ``ptxas -v``."""
+class Resources(NamedTuple):
+    """Of a kernel on an architecture, from ``ptxas -v``; bytes but for the registers."""
+
+    name: str
+    arch: str
+    registers: int
+    spilled: int
+    stack: int
+    shared: int  # static only
+
+
+def resources(ptxas: str) -> list[Resources]:
     found = []
     entry = re.compile(
         r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\S+)'.*?"
+        r"(?P<stack>\d+) bytes stack frame, "
         r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
         r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
         re.DOTALL,
     )
     for match in entry.finditer(ptxas):
         shared = re.search(r"(\d+) bytes smem", match["rest"])
-        found.append((
+        found.append(Resources(
             match["name"], match["arch"], int(match["registers"]),
-            int(match["stores"]) + int(match["loads"]), int(shared[1]) if shared else 0,
+            int(match["stores"]) + int(match["loads"]), int(match["stack"]),
+            int(shared[1]) if shared else 0,
         ))  # fmt: skip
-    names = demangled([row[0] for row in found])
-    return [(name, *row[1:]) for name, row in zip(names, found, strict=True)]
+    names = demangled([row.name for row in found])
+    return [row._replace(name=name) for name, row in zip(names, found, strict=True)]
 
 
-def compile_one(nvcc: Path, source: Path, archs: str, folder: Path) -> tuple[bool, str, float]:
+def compile_one(
+    nvcc: Path, source: Path, archs: str, folder: Path, keep: bool
+) -> tuple[bool, str, float]:
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("error: torch is needed for its headers: pip install torch.")
@@ -65,7 +81,7 @@ def compile_one(nvcc: Path, source: Path, archs: str, folder: Path) -> tuple[boo
         nvcc, source, folder / f"{source.stem}.o", csrc=ROOT / "csrc",
         torch_include=Path(spec.submodule_search_locations[0]) / "include",
         target_version=TARGET_VERSION, archs=archs, warnings_are_errors=True,
-        extra=("-Xptxas", "-v"),
+        extra=("-Xptxas", "-v", *(("-keep", "-keep-dir", str(folder)) if keep else ())),
     )  # fmt: skip
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
@@ -77,6 +93,7 @@ def main() -> int:
     parser.add_argument("operators", nargs="*", help="default: all")
     parser.add_argument("--archs", default=cuda.architectures())
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--keep-ptx", type=Path, metavar="DIR", help="copy nvcc's PTX there")
     args = parser.parse_args()
     nvcc = cuda.find_nvcc()
     if nvcc is None:
@@ -90,7 +107,10 @@ def main() -> int:
     failed = False
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         results = pool.map(
-            lambda source: compile_one(nvcc, source, args.archs, Path(folder)), sources
+            lambda source: compile_one(
+                nvcc, source, args.archs, Path(folder), args.keep_ptx is not None
+            ),
+            sources,
         )
         for source, (good, output, seconds) in zip(sources, results, strict=True):
             print(f"{source.name}: {'compiled' if good else 'FAILED'} in {seconds:.0f} s")
@@ -98,9 +118,13 @@ def main() -> int:
                 failed = True
                 print(output)
                 continue
-            for name, arch, registers, spilled, shared in resources(output):
-                print(f"  {arch:8} {registers:3} registers {spilled:4} bytes spilled "
-                      f"{shared:6} bytes shared  {name[:110]}")  # fmt: skip
+            for row in resources(output):
+                print(f"  {row.arch:8} {row.registers:3} registers {row.spilled:4} bytes spilled "
+                      f"{row.stack:4} bytes stack {row.shared:6} bytes shared  "
+                      f"{row.name[:110]}")  # fmt: skip
+            if args.keep_ptx:
+                for kept in Path(folder).glob(f"{source.stem}*.ptx"):
+                    shutil.copy(kept, args.keep_ptx)
     return int(failed)
 
 

@@ -6,15 +6,13 @@
 #include <cstdint>
 #include <optional>
 
+#include "common/both.h"
 #include "common/check.h"
 
-#ifdef __CUDACC__
-#define REDRAFTER_BOTH __host__ __device__
-#else
-#define REDRAFTER_BOTH
-#endif
-
 namespace redrafter {
+
+// Far beyond any use. Tensors may be expanded, so that their memory is no bound.
+constexpr int64_t kWidest = 1 << 20;
 
 // Strides in elements, except those of states, in bytes.
 struct BeamStepArgs {
@@ -72,13 +70,14 @@ inline BeamStepArgs beam_step_args(const Tensor& tokens, const Tensor& parents,
   args.rows = logits.size(1);
   args.vocab = logits.size(2);
   args.width = beam_scores.size(1);
-  args.top_k = top_k;
+  args.top_k = top_k < args.vocab ? top_k : args.vocab;
   args.dtype = logits.scalar_type();
   STD_TORCH_CHECK(args.dtype == ScalarType::Float || args.dtype == ScalarType::BFloat16 ||
                       args.dtype == ScalarType::Half,
                   "logits has dtype ", torch::headeronly::toString(args.dtype),
                   "; it must be float32, bfloat16 or float16.");
-  STD_TORCH_CHECK(args.width >= 1 && args.vocab >= 1 && args.vocab < INT32_MAX && top_k >= 0,
+  STD_TORCH_CHECK(args.width >= 1 && args.width <= kWidest && args.vocab >= 1 &&
+                      args.vocab < INT32_MAX && top_k >= 0,
                   "A beam width of ", args.width, ", a vocabulary of ", args.vocab, " or a top_k of ",
                   top_k, " is impossible.");
   STD_TORCH_CHECK(args.rows == 1 || args.rows == args.width, "logits has ", args.rows,
@@ -113,8 +112,8 @@ inline BeamStepArgs beam_step_args(const Tensor& tokens, const Tensor& parents,
     STD_TORCH_CHECK(state->size(2) < 2 || (state->stride(2) == 1 && out_state->stride(2) == 1),
                     "The rows of state and out_state must be contiguous.");
     for (int i = 0; i < 2; ++i) {
-      args.state_stride[i] = state->stride(i) * size;
-      args.out_state_stride[i] = out_state->stride(i) * size;
+      args.state_stride[i] = stride_bytes(*state, i);
+      args.out_state_stride[i] = stride_bytes(*out_state, i);
     }
     args.state = static_cast<const char*>(state->const_data_ptr());
     args.out_state = static_cast<char*>(out_state->mutable_data_ptr());

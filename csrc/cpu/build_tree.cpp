@@ -7,12 +7,10 @@
 #include <vector>
 
 #include "common/check.h"
+#include "cpu/tree_rows.h"
 
 namespace redrafter {
 namespace {
-
-// Fillers of the beam search score below this; build.py's LOWEST_REAL_SCORE.
-constexpr float kLowestRealScore = -25000.0f;
 
 // One request's draft: candidate i = depth * width + rank, depth 0 first.
 struct Draft {
@@ -22,25 +20,10 @@ struct Draft {
   int64_t length, width;
 };
 
-// One request's tree under construction, in the rows of the outputs.
-struct Nodes {
-  int64_t* tokens;
-  int64_t* parents;
-  int64_t* depths;
-  int64_t count;
-  int64_t most;  // root included
-
-  void add(int64_t token, int64_t parent) {
-    tokens[count] = token;
-    parents[count] = parent;
-    depths[count] = parent < 0 ? 0 : depths[parent] + 1;
-    ++count;
-  }
-};
-
 // Walk the beams best first; a prefix met for the first time is the next node. Equal prefixes are
 // equal children of equal nodes.
 void add_beams(const Draft& draft, std::vector<int64_t>& path, Nodes& nodes) {
+  if (draft.width == 0) return;
   path.resize(draft.length);
   for (int64_t beam = 0; beam < draft.width; ++beam) {
     int64_t rank = beam;
@@ -99,19 +82,6 @@ void add_best(const Draft& draft, std::vector<int64_t>& chosen, std::vector<int6
   }
 }
 
-template <class T>
-T* output_data(const Tensor& tensor, ScalarType dtype, int64_t elements, const char* name) {
-  check_dtype(tensor, dtype, name);
-  STD_TORCH_CHECK(tensor.numel() == elements && tensor.is_contiguous(), name,
-                  " must be contiguous and have ", elements, " elements.");
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-template <class T>
-const T* input_data(const Tensor& tensor, ScalarType dtype, int64_t elements, const char* name) {
-  return output_data<T>(tensor, dtype, elements, name);
-}
-
 void build_tree_cpu(const Tensor& out_tokens, const Tensor& out_parents, const Tensor& out_depths,
                     const Tensor& out_masks, const Tensor& out_num_nodes, const Tensor& root,
                     const Tensor& tokens, const Tensor& parents, const Tensor& scores, bool best) {
@@ -120,26 +90,27 @@ void build_tree_cpu(const Tensor& out_tokens, const Tensor& out_parents, const T
   check_dims(out_masks, 3, "out_masks");
   const int64_t batch = tokens.size(0), length = tokens.size(1), width = tokens.size(2);
   const int64_t most = out_tokens.size(1), words = out_masks.size(2);
-  const int64_t candidates = length * width;
-  STD_TORCH_CHECK(most >= 1 && words * 64 >= most, "out_tokens has room for ", most,
+  check_size(length, "The draft length");
+  check_size(width, "The beam width");
+  check_size(words, "The number of mask words");
+  STD_TORCH_CHECK(most >= 1 && words_hold(words, most), "out_tokens has room for ", most,
                   " nodes and out_masks for ", words * 64,
                   "; at least 1, and as many, are needed.");
-  const int64_t* roots = input_data<int64_t>(root, ScalarType::Long, batch, "root");
+  const int64_t candidates = length * width;
+  constexpr ScalarType kLong = ScalarType::Long;
+  const int64_t* roots = contiguous_data<int64_t>(root, kLong, {batch}, "root");
   const int64_t* all_tokens =
-      input_data<int64_t>(tokens, ScalarType::Long, batch * candidates, "tokens");
+      contiguous_data<int64_t>(tokens, kLong, {batch, length, width}, "tokens");
   const int64_t* all_parents =
-      input_data<int64_t>(parents, ScalarType::Long, batch * candidates, "parents");
+      contiguous_data<int64_t>(parents, kLong, {batch, length, width}, "parents");
   const float* all_scores =
-      input_data<float>(scores, ScalarType::Float, batch * candidates, "scores");
-  int64_t* token_rows =
-      output_data<int64_t>(out_tokens, ScalarType::Long, batch * most, "out_tokens");
-  int64_t* parent_rows =
-      output_data<int64_t>(out_parents, ScalarType::Long, batch * most, "out_parents");
-  int64_t* depth_rows =
-      output_data<int64_t>(out_depths, ScalarType::Long, batch * most, "out_depths");
-  uint64_t* mask_rows = reinterpret_cast<uint64_t*>(
-      output_data<int64_t>(out_masks, ScalarType::Long, batch * most * words, "out_masks"));
-  int64_t* counts = output_data<int64_t>(out_num_nodes, ScalarType::Long, batch, "out_num_nodes");
+      contiguous_data<float>(scores, ScalarType::Float, {batch, length, width}, "scores");
+  int64_t* token_rows = contiguous_data<int64_t>(out_tokens, kLong, {batch, most}, "out_tokens");
+  int64_t* parent_rows = contiguous_data<int64_t>(out_parents, kLong, {batch, most}, "out_parents");
+  int64_t* depth_rows = contiguous_data<int64_t>(out_depths, kLong, {batch, most}, "out_depths");
+  int64_t* mask_rows =
+      contiguous_data<int64_t>(out_masks, kLong, {batch, most, words}, "out_masks");
+  int64_t* counts = contiguous_data<int64_t>(out_num_nodes, kLong, {batch}, "out_num_nodes");
   for (int64_t i = 0; i < batch * candidates; ++i) {
     // At the first depth every parent is a copy of the root, whatever its number.
     STD_TORCH_CHECK(i % candidates < width || (all_parents[i] >= 0 && all_parents[i] < width),
@@ -159,19 +130,8 @@ void build_tree_cpu(const Tensor& out_tokens, const Tensor& out_parents, const T
       add_beams(draft, first, nodes);
     }
     counts[b] = nodes.count;
-    for (int64_t i = nodes.count; i < most; ++i) {
-      nodes.tokens[i] = 0;
-      nodes.parents[i] = -1;
-      nodes.depths[i] = 0;
-    }
-    uint64_t* masks = mask_rows + b * most * words;
-    for (int64_t i = 0; i < most; ++i) {
-      uint64_t* row = masks + i * words;
-      for (int64_t w = 0; w < words; ++w) {
-        row[w] = nodes.parents[i] < 0 ? 0 : masks[nodes.parents[i] * words + w];
-      }
-      row[i / 64] |= static_cast<uint64_t>(1) << i % 64;
-    }
+    pad_nodes(nodes);
+    write_masks(nodes.parents, most, words, mask_rows + b * most * words);
   }
 }
 

@@ -18,6 +18,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/check.h"
 #include "common/threads.h"
 #include "draft_kernel.h"
 #include "draft_phases.h"
@@ -115,7 +116,10 @@ class LayerReader {
 Model read_model(const std::vector<Tensor>& layers, int64_t hidden, int64_t exit_dim, int64_t vocab,
                  int64_t num_blocks, bool rnn) {
   STD_TORCH_CHECK(!layers.empty(), "redrafter::draft: there are no layers.");
-  STD_TORCH_CHECK(hidden > 0 && exit_dim > 0 && vocab > 0 && vocab < INT32_MAX && num_blocks >= 0,
+  // Bounds, or the sizes that layers must have could not be computed.
+  STD_TORCH_CHECK(hidden > 0 && hidden < INT32_MAX && exit_dim > 0 && exit_dim < INT32_MAX &&
+                      vocab > 0 && vocab < INT32_MAX && num_blocks >= 0 &&
+                      num_blocks <= static_cast<int64_t>(layers.size()),
                   "redrafter::draft: hidden ", hidden, ", exit_dim ", exit_dim, ", head_rows ",
                   vocab, " or num_blocks ", num_blocks, " is impossible.");
   Model m;
@@ -258,7 +262,7 @@ Table table_of(const Tensor& t, const char* name) {
                       type == ScalarType::Half,
                   "redrafter::draft: ", name, " must be float32, bfloat16 or float16.");
   return {static_cast<const char*>(t.const_data_ptr()),
-          t.stride(0) * static_cast<int64_t>(t.element_size()),
+          stride_bytes(t, 0),
           type == ScalarType::Float      ? Source::kFloat
           : type == ScalarType::BFloat16 ? Source::kBf16
                                          : Source::kHalf};
@@ -607,10 +611,12 @@ void draft(Tensor tokens, Tensor parents, Tensor scores, const Tensor context, c
   }
   const Job job{tokens.size(0), tokens.size(2), tokens.size(1),
                 static_cast<int>(std::min<int64_t>(top_k, head_rows))};
-  STD_TORCH_CHECK(job.width >= 1 && job.length >= 1 && top_k >= 0,
+  STD_TORCH_CHECK(job.width >= 1 && job.width < INT32_MAX && job.length >= 1 &&
+                      job.length < INT32_MAX && top_k >= 0,
                   "redrafter::draft: beam_width ", job.width, " and draft_length ", job.length,
                   " must be at least 1, and top_k ", top_k, " at least 0.");
   const Table embedding_table = table_of(embedding, "embedding");
+  STD_TORCH_CHECK(embedding.size(0) >= 1, "redrafter::draft: embedding has no rows.");
   const Model model =
       read_model(layers, embedding.size(1), exit_dim, head_rows, num_blocks, rnn);
   STD_TORCH_CHECK(context.dim() == 2 && context.size(0) == job.batch &&

@@ -185,19 +185,6 @@ REDRAFTER_INLINE vf load_some(const float* source, int64_t count) {
 
 // ---- the largest logits ------------------------------------------------------------------------
 
-// Bit i is lane i of a comparison.
-REDRAFTER_INLINE uint32_t lane_bits(vi mask) {
-#if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)mask);
-#elif defined(__AVX2__)
-  return static_cast<uint32_t>(_mm256_movemask_ps(bits_as<__m256>(mask)));
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= mask[i] ? 1u << i : 0u;
-  return bits;
-#endif
-}
-
 // Ascending keys are ascending logits and, among equal logits, descending indices.
 REDRAFTER_INLINE uint64_t make_key(float logit, int64_t index) {
   const uint32_t u = bits_as<uint32_t>(logit + 0.0f);  // -0 and 0 are equal

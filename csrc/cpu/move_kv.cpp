@@ -26,6 +26,21 @@ struct Moves {
   bool made(int64_t i) const { return src[i] >= 0 && dst[i] >= 0; }
 };
 
+// Of a map only what the moves need is read, and so checked.
+void check_places(const int32_t* map, const Moves& moves, int64_t entries) {
+  if (map == nullptr) return;
+  for (int64_t i = 0; i < moves.count; ++i) {
+    if (!moves.made(i)) continue;
+    for (const int64_t slot : {moves.src[i], moves.dst[i]}) {
+      const int32_t* at = map + slot % moves.block_size * moves.head_dim;
+      for (int64_t d = 0; d < moves.head_dim; ++d) {
+        STD_TORCH_CHECK(at[d] >= 0 && at[d] < entries, "A map holds ", at[d],
+                        "; a region has elements 0 to ", entries - 1, ".");
+      }
+    }
+  }
+}
+
 // K or V of one head. With a map a token's features lie where it says in their block, without one
 // they are consecutive, and tokens `token` bytes apart.
 struct Head {
@@ -109,6 +124,8 @@ void move_kv_cpu(const Tensor& caches, const std::optional<Tensor>& key_map,
                   "caches must be a contiguous table of ", kCacheColumns, " columns.");
   STD_TORCH_CHECK(block_size > 0 && head_dim > 0, "block_size ", block_size, " and head_dim ",
                   head_dim, " must be positive.");
+  check_size(block_size, "block_size");
+  check_size(head_dim, "head_dim");
   const int64_t layers = caches.size(0);
   const Cache* table = static_cast<const Cache*>(caches.const_data_ptr());
   Moves moves;
@@ -128,6 +145,7 @@ void move_kv_cpu(const Tensor& caches, const std::optional<Tensor>& key_map,
     const int64_t tag = map->size(0) == entries + 1 ? 1 : 0;  // see ops/kv_layout.py
     maps[i] = vector_data<int32_t>(*map, ScalarType::Int, entries + tag, name);
   }
+  for (const int32_t* map : maps) check_places(map, moves, entries);
   for (int64_t l = 0; l < layers; ++l) {
     const int64_t slots = table[l].blocks * block_size;
     for (int64_t i = 0; i < moves.count; ++i) {

@@ -82,6 +82,32 @@ REDRAFTER_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 REDRAFTER_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 #endif
 
+// Whether a comparison holds for any lane.
+REDRAFTER_INLINE bool any_lane(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  uint64_t halves[2];
+  memcpy(halves, &mask, sizeof(halves));
+  return (halves[0] | halves[1]) != 0;
+#endif
+}
+
+// Bit i is lane i of a comparison.
+REDRAFTER_INLINE uint32_t lane_bits(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(bits_as<__m256>(mask)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= mask[i] ? 1u << i : 0u;
+  return bits;
+#endif
+}
+
 REDRAFTER_INLINE float reduce_add(vf v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);

@@ -480,7 +480,7 @@ struct State {
 };
 
 // Which of the 64 keys from logical position `first` on a row may see: all of the context, then
-// the row's own mask bits.
+// the row's own mask bits. `first_seen`: the first key that the row's window leaves it.
 REDRAFTER_INLINE uint64_t visible(const int64_t* mask, int words, int context, int first) {
   const int64_t offset = (int64_t)first - context;
   if (offset <= -64) return ~(uint64_t)0;
@@ -492,6 +492,12 @@ REDRAFTER_INLINE uint64_t visible(const int64_t* mask, int words, int context, i
   uint64_t bits = word < words ? (uint64_t)mask[word] >> shift : 0;
   if (shift && word + 1 < words) bits |= (uint64_t)mask[word + 1] << (64 - shift);
   return bits;
+}
+
+// Which of the 64 keys from `first` on are `first_seen` or later.
+REDRAFTER_INLINE uint64_t in_window(int first_seen, int first) {
+  const int64_t left_out = (int64_t)first_seen - first;
+  return left_out <= 0 ? ~(uint64_t)0 : left_out >= 64 ? 0 : ~(uint64_t)0 << left_out;
 }
 
 // The vector mask of columns [first, first + kLanes) of a tile.
@@ -590,6 +596,7 @@ static void run_piece(const TreeAttentionArgs& args, const Piece& piece, char* s
   float* value_scratch = key_scratch + Math::key_floats(head_dim);
   Operand* query = (Operand*)(void*)(value_scratch + Math::value_floats(head_dim));
   uint64_t bits[kMaxRows * kMaskWords];
+  int window_begin = 0;  // from here on every row sees all of the context
 
   for (int m = 0; m < rows; ++m) {
     const int index = piece.unit.first_row + m;
@@ -599,6 +606,10 @@ static void run_piece(const TreeAttentionArgs& args, const Piece& piece, char* s
         ((int64_t)piece.unit.head * group + index % group) * args.query_stride[1];
     Math::pack_query(source, args.query_stride[2], head_dim, query + (int64_t)m * head_dim);
     state.max[m] = kMinusInf;
+    if (args.first_seen) {
+      const int first_seen = args.first_seen[args.row_start[request] + index / group];
+      window_begin = first_seen > window_begin ? first_seen : window_begin;
+    }
   }
   memset(state.out, 0, sizeof(float) * rows * head_dim);
   memset(state.sum, 0, sizeof(float) * rows * kLanes);
@@ -608,7 +619,8 @@ static void run_piece(const TreeAttentionArgs& args, const Piece& piece, char* s
                      piece.unit.head, piece.begin, 0};
   for (; tile.first < piece.end; tile.first += tile.count) {
     tile.count = Math::tile_count(args, tile.first, piece.end);
-    const bool masked = tile.first + tile.count > context || tile.count % kLanes != 0;
+    const bool masked = tile.first + tile.count > context || tile.count % kLanes != 0 ||
+                        tile.first < window_begin;
     if (masked) {
       for (int m = 0; m < rows; ++m) {
         const int64_t row = args.row_start[request] + (piece.unit.first_row + m) / group;
@@ -620,6 +632,9 @@ static void run_piece(const TreeAttentionArgs& args, const Piece& piece, char* s
                                              : 0;
           bits[m * kMaskWords + w] =
               inside & visible(mask, args.mask_words, context, tile.first + 64 * w);
+          if (args.first_seen) {
+            bits[m * kMaskWords + w] &= in_window(args.first_seen[row], tile.first + 64 * w);
+          }
         }
       }
     }
@@ -670,8 +685,18 @@ REDRAFTER_INLINE void write_row(const TreeAttentionArgs& args, const Unit& unit,
   }
 }
 
-// A row that sees nothing has sum 0 and result 0.
-REDRAFTER_INLINE float inverse(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+// What a row's result is multiplied with. A row that sees nothing has sum 0 and result 0.
+REDRAFTER_INLINE float inverse(const TreeAttentionArgs& args, const Unit& unit, int m, float max,
+                               float sum) {
+  if (sum == 0.0f) return 0.0f;
+  if (!args.sinks) return 1.0f / sum;
+  // The sink counts in the sum and has no value. It may be larger than every score.
+  const int group = args.query_heads / args.kv_heads;
+  const float sink = args.sinks[unit.head * group + (unit.first_row + m) % group] * kLog2E;
+  const float best = sink > max ? sink : max;
+  const float weight = exp2_weight<6>(broadcast(max - best))[0];
+  return weight / (sum * weight + exp2_weight<6>(broadcast(sink - best))[0]);
+}
 
 // One row of a unit whose keys were cut into `count` pieces; out = sum of the pieces' results, each
 // weighted by 2^(its max - the largest max).
@@ -692,7 +717,7 @@ static void merge_row(const TreeAttentionArgs& args, const Unit& unit, int m, co
       store(result + d, fmadd(load(out + d), weight, load(result + d)));
     }
   }
-  write_row<Element>(args, unit, m, result, inverse(reduce_add(total)));
+  write_row<Element>(args, unit, m, result, inverse(args, unit, m, best, reduce_add(total)));
 }
 
 // ---- the whole call ---------------------------------------------------------------------------
@@ -703,6 +728,16 @@ struct Split {
   Unit unit;
   int first_slot;
   int count;
+};
+
+// Granules of keys of a request: [first, end).
+struct Granules {
+  int first, end;
+  REDRAFTER_INLINE Granules of(const TreeAttentionArgs& args, int request) {
+    const int keys = args.context_lens[request] + args.row_count[request];
+    return {args.first_key ? args.first_key[request] / kGranule : 0,
+            (keys + kGranule - 1) / kGranule};
+  }
 };
 
 template <class Element, class Math>
@@ -716,7 +751,8 @@ static void run(const TreeAttentionArgs& args) {
   for (int r = 0; r < args.requests; ++r) {
     const int rows = args.row_count[r] * group;
     if (rows <= 0) continue;
-    const int granules = (args.context_lens[r] + args.row_count[r] + kGranule - 1) / kGranule;
+    const Granules range = Granules::of(args, r);
+    const int granules = range.end - range.first;
     for (int first = 0; first < rows; first += kMaxRows) {
       const int m = rows - first < kMaxRows ? rows - first : kMaxRows;
       most_rows = m > most_rows ? m : most_rows;
@@ -763,35 +799,40 @@ static void run(const TreeAttentionArgs& args) {
   for (int r = 0; r < args.requests; ++r) {
     const int rows = args.row_count[r] * group;
     const int keys = args.context_lens[r] + args.row_count[r];
-    const int granules = (keys + kGranule - 1) / kGranule;
+    const Granules range = Granules::of(args, r);
+    const int granules = range.end;
+    // Keys in front of the first are in a block that may be another request's by now.
+    const int first_key = args.first_key ? args.first_key[r] / args.block_size * args.block_size : 0;
     for (int first = 0; first < rows; first += kMaxRows) {
       const int m = rows - first < kMaxRows ? rows - first : kMaxRows;
       for (int head = 0; head < args.kv_heads; ++head) {
         const Unit unit = {r, head, first, m};
         const int64_t cost = m + kPrepare;
         const int first_piece = num_pieces;
-        int begin = 0;
+        int begin = range.first;
         while (begin < granules) {
           int end = granules;
           if (part + 1 < parts) {
             // The next cut, to the nearest granule; a sliver at either end is not worth a merge.
             const int64_t cut = total * (part + 1) / parts - done;
-            const int64_t at = (cut + cost / 2) / cost;
+            const int64_t at = range.first + (cut + cost / 2) / cost;
             if (at < granules) end = (int)at;
             if (end - begin < 2) end = begin;
             if (granules - end < 2) end = granules;
           }
           if (end > begin) {
             const int last = end * kGranule < keys ? end * kGranule : keys;
-            pieces[num_pieces++] = {unit, begin * kGranule, last, part, -1};
+            const int from = begin * kGranule > first_key ? begin * kGranule : first_key;
+            pieces[num_pieces++] = {unit, from, last, part, -1};
           }
           if (end < granules ||
-              (part + 1 < parts && done + cost * granules >= total * (part + 1) / parts)) {
+              (part + 1 < parts &&
+               done + cost * (granules - range.first) >= total * (part + 1) / parts)) {
             ++part;
           }
           begin = end;
         }
-        done += cost * granules;
+        done += cost * (granules - range.first);
         const int count = num_pieces - first_piece;
         if (count > 1) {
           splits[num_splits++] = {unit, num_slots, count};
@@ -816,7 +857,8 @@ static void run(const TreeAttentionArgs& args) {
       if (piece.slot >= 0) continue;
       for (int m = 0; m < piece.unit.rows; ++m) {
         write_row<Element>(args, piece.unit, m, state.out + (int64_t)m * head_dim,
-                           inverse(reduce_add(load(state.sum + m * kLanes))));
+                           inverse(args, piece.unit, m, state.max[m],
+                                   reduce_add(load(state.sum + m * kLanes))));
       }
     }
     if (num_splits > 0) {

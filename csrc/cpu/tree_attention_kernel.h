@@ -52,6 +52,11 @@ struct TreeAttentionArgs {
   int block_size;
   float scale;
   float softcap;
+  // Of a window: the first key of each request that any of its rows sees, and the first that each
+  // query row sees (its mask holds no row that left the window). Null without a window.
+  const int32_t* first_key;
+  const int32_t* first_seen;
+  const float* sinks;  // [query_heads], or null
   char* (*scratch)(size_t bytes);
 };
 

@@ -22,18 +22,21 @@ void launch_beam_step(const BeamStepArgs& args, const Tensor& like) {
                   " rows are too many for one launch.");
   BeamStepWork work;
   work.chunks = static_cast<int>((args.vocab + kChunk - 1) / kChunk);
-  work.kept = static_cast<int>(std::max(args.width, args.top_k));
+  // One more than the top k: where it is smaller than the k-th, there are no ties beyond the list.
+  const int64_t top = args.top_k == 0 ? 0 : std::min<int64_t>(args.top_k + 1, kMaxKept);
+  work.kept = static_cast<int>(std::max(args.width, top));
   const int64_t cells = rows * work.chunks;
-  const Tensor keys = torch::stable::new_empty(like, {cells * work.kept}, ScalarType::Long);
-  const Tensor sums = torch::stable::new_empty(like, {cells * 2}, ScalarType::Float);
+  const Tensor keys = scratch(like, {cells * work.kept}, ScalarType::Long);
+  const Tensor sums = scratch(like, {cells * 2}, ScalarType::Float);
   work.keys = static_cast<unsigned long long*>(keys.mutable_data_ptr());
   work.sums = static_cast<float*>(sums.mutable_data_ptr());
   const cudaStream_t stream = stream_of(like);
-  constexpr std::size_t kScanBytes = kChunk * sizeof(unsigned long long) +
-                                     kScanThreads * sizeof(float);
-  REDRAFTER_LAUNCH((beam_step_scan),
-                   dim3(static_cast<unsigned>(work.chunks), static_cast<unsigned>(rows)),
-                   dim3(kScanThreads), kScanBytes, stream, args, work);
+  const dim3 grid(static_cast<unsigned>((work.chunks + kScanWarps - 1) / kScanWarps),
+                  static_cast<unsigned>(rows));
+  const auto scan = args.dtype == ScalarType::Float      ? beam_step_scan<float>
+                    : args.dtype == ScalarType::BFloat16 ? beam_step_scan<__nv_bfloat16>
+                                                         : beam_step_scan<__half>;
+  REDRAFTER_LAUNCH((scan), grid, dim3(32 * kScanWarps), 0, stream, args, work);
   const std::size_t shared = select_shared_bytes(args.rows, args.width, work.kept);
   allow_shared_memory(&beam_step_select, shared);
   REDRAFTER_LAUNCH((beam_step_select), dim3(static_cast<unsigned>(args.batch)),

@@ -18,8 +18,9 @@ constexpr float kFloor = -1e9f;
 constexpr float kFiller = -50000.0f;
 constexpr float kCoarse = -1000.0f;
 
-constexpr int kChunk = 1024;    // logits of a block of the scan
-constexpr int kScanThreads = 256;
+constexpr int kPerLane = 16;            // logits that a lane of the scan holds
+constexpr int kChunk = 32 * kPerLane;   // logits of a warp of the scan
+constexpr int kScanWarps = 4;
 constexpr int kMaxKept = 64;    // entries kept of a chunk and of a row
 constexpr int kSelectThreads = 256;
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -30,19 +31,27 @@ struct BeamStepWork {
   int chunks, kept;
 };
 
-__device__ inline float read_logit(const BeamStepArgs& args, int64_t row, int64_t column) {
-  const int64_t at = row / args.rows * args.logits_stride[0] +
-                     row % args.rows * args.logits_stride[1] + column;
-  float x;
-  if (args.dtype == ScalarType::Float) {
-    x = static_cast<const float*>(args.logits)[at];
-  } else if (args.dtype == ScalarType::BFloat16) {
-    x = __bfloat162float(static_cast<const __nv_bfloat16*>(args.logits)[at]);
-  } else {
-    x = __half2float(static_cast<const __half*>(args.logits)[at]);
-  }
+__device__ inline float as_float(float x) { return x; }
+__device__ inline float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float as_float(__half x) { return __half2float(x); }
+
+// A logit that can be compared and added.
+__device__ inline float finite(float x) {
   if (!(x == x) || x == -INFINITY) return kFloor;
   return x == INFINITY ? -kFloor : x;
+}
+
+__device__ inline int64_t logits_of_row(const BeamStepArgs& args, int64_t row) {
+  return row / args.rows * args.logits_stride[0] + row % args.rows * args.logits_stride[1];
+}
+
+__device__ inline float read_logit(const BeamStepArgs& args, int64_t row, int64_t column) {
+  const int64_t at = logits_of_row(args, row) + column;
+  if (args.dtype == ScalarType::Float) return finite(static_cast<const float*>(args.logits)[at]);
+  if (args.dtype == ScalarType::BFloat16) {
+    return finite(as_float(static_cast<const __nv_bfloat16*>(args.logits)[at]));
+  }
+  return finite(as_float(static_cast<const __half*>(args.logits)[at]));
 }
 
 // Ascending keys are ascending logits and, among equal logits, descending columns.
@@ -59,48 +68,80 @@ __device__ inline int column_of(unsigned long long key) {
   return static_cast<int>(0xffffffffu - static_cast<unsigned>(key));
 }
 
-// Grid (chunks, rows): sorts the chunk's keys, largest first, and writes what is kept of them.
-__global__ void __launch_bounds__(kScanThreads) beam_step_scan(const BeamStepArgs args,
-                                                               const BeamStepWork work) {
-  REDRAFTER_DYNAMIC_SHARED(raw);
-  auto* keys = reinterpret_cast<unsigned long long*>(raw);                // [kChunk]
-  float* partial = reinterpret_cast<float*>(raw) + 2 * kChunk;            // [kScanThreads]
-  const int thread = static_cast<int>(threadIdx.x);
-  const int64_t row = blockIdx.y, first = static_cast<int64_t>(blockIdx.x) * kChunk;
-  const int count = static_cast<int>(min(static_cast<int64_t>(kChunk), args.vocab - first));
-  for (int i = thread; i < kChunk; i += kScanThreads) {
-    keys[i] = i < count ? key_of(read_logit(args, row, first + i), static_cast<unsigned>(first + i))
-                        : 0;
-  }
-  __syncthreads();
-  for (int size = 2; size <= kChunk; size *= 2) {  // bitonic
+// The largest key of a warp.
+__device__ inline unsigned long long warp_max(unsigned long long key) {
+  const unsigned high = static_cast<unsigned>(key >> 32), low = static_cast<unsigned>(key);
+  const unsigned best_high = __reduce_max_sync(kAllLanes, high);
+  const unsigned best_low = __reduce_max_sync(kAllLanes, high == best_high ? low : 0);
+  return static_cast<unsigned long long>(best_high) << 32 | best_low;
+}
+__device__ inline float warp_sum(float x) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  return x;
+}
+
+// A lane's keys, largest first (bitonic; all indices are known to the compiler).
+__device__ __forceinline__ void sort_descending(unsigned long long (&keys)[kPerLane]) {
+#pragma unroll
+  for (int size = 2; size <= kPerLane; size *= 2) {
+#pragma unroll
     for (int stride = size / 2; stride > 0; stride /= 2) {
-      for (int pair = thread; pair < kChunk / 2; pair += kScanThreads) {
-        const int low = pair / stride * 2 * stride + pair % stride, high = low + stride;
-        const bool descending = (low & size) == 0;
+#pragma unroll
+      for (int low = 0; low < kPerLane; ++low) {
+        const int high = low ^ stride;
+        if (high < low) continue;
         const unsigned long long a = keys[low], b = keys[high];
-        if ((a < b) == descending) {
-          keys[low] = b;
-          keys[high] = a;
-        }
+        const bool swap = (a < b) == ((low & size) == 0);
+        keys[low] = swap ? b : a;
+        keys[high] = swap ? a : b;
       }
-      __syncthreads();
     }
   }
-  const float largest = logit_of(keys[0]);
-  float sum = 0.0f;
-  for (int i = thread; i < count; i += kScanThreads) sum += expf(logit_of(keys[i]) - largest);
-  partial[thread] = sum;
-  __syncthreads();
-  for (int half = kScanThreads / 2; half > 0; half /= 2) {
-    if (thread < half) partial[thread] += partial[thread + half];
-    __syncthreads();
+}
+
+// Grid (chunks / kScanWarps, rows): a warp writes what is kept of its chunk, largest first. Each
+// lane sorts its keys in registers; then the largest of the lanes' first ones is taken, again and
+// again.
+template <class T>
+__global__ void __launch_bounds__(32 * kScanWarps) beam_step_scan(const BeamStepArgs args,
+                                                                  const BeamStepWork work) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int chunk = static_cast<int>(blockIdx.x) * kScanWarps + static_cast<int>(threadIdx.x) / 32;
+  if (chunk >= work.chunks) return;  // the whole warp
+  const int64_t row = blockIdx.y;
+  const T* logits = static_cast<const T*>(args.logits) + logits_of_row(args, row);
+  const auto vocab = static_cast<unsigned>(args.vocab);
+  const unsigned first = static_cast<unsigned>(chunk) * kChunk + lane;
+  unsigned long long keys[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const unsigned column = first + i * 32;
+    keys[i] = column < vocab ? key_of(finite(as_float(logits[column])), column) : 0;
   }
-  const int64_t at = row * work.chunks + blockIdx.x;
-  for (int i = thread; i < work.kept; i += kScanThreads) work.keys[at * work.kept + i] = keys[i];
-  if (thread == 0) {
+  sort_descending(keys);
+  const float largest = logit_of(warp_max(keys[0]));
+  // Small terms are less exact than expf's, by no more than they weigh.
+  float sum = 0.0f;
+  if (args.top_k == 0) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const float term = exp2f((logit_of(keys[i]) - largest) * 1.44269504f);
+      sum += keys[i] != 0 ? term : 0.0f;
+    }
+  }
+  sum = warp_sum(sum);
+  const int64_t at = row * work.chunks + chunk;
+  for (int i = 0; i < work.kept; ++i) {
+    const unsigned long long best = warp_max(keys[0]);
+    if (lane == 0) work.keys[at * work.kept + i] = best;
+    if (keys[0] != best) continue;
+#pragma unroll
+    for (int j = 0; j + 1 < kPerLane; ++j) keys[j] = keys[j + 1];
+    keys[kPerLane - 1] = 0;
+  }
+  if (lane == 0) {
     work.sums[at * 2] = largest;
-    work.sums[at * 2 + 1] = partial[0];
+    work.sums[at * 2 + 1] = sum;
   }
 }
 
@@ -130,36 +171,28 @@ __device__ inline double warp_sum(double x) {
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
   return x;
 }
-__device__ inline unsigned long long warp_max(unsigned long long x) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    const unsigned long long other = __shfl_xor_sync(kAllLanes, x, lanes);
-    x = other > x ? other : x;
-  }
-  return x;
-}
-
 // One warp: the row's kept entries into list[0 .. kept), largest first, and its facts. False if the
 // top k's ties may reach beyond what the chunks kept.
 __device__ inline bool merge_row(const BeamStepArgs& args, const BeamStepWork& work, int64_t row,
                                  unsigned long long* list, RowFacts* facts) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const unsigned long long* keys = work.keys + row * work.chunks * work.kept;
-  // Of each chunk only entries below the last one taken are left; chunks are sorted.
-  unsigned long long last = ~0ull;
-  for (int i = 0; i < work.kept; ++i) {
+  // The largest key of this lane's chunks that comes after `taken`. Chunks are sorted.
+  const auto next_of_lane = [&](unsigned long long taken) {
     unsigned long long best = 0;
     for (int chunk = lane; chunk < work.chunks; chunk += 32) {
       const unsigned long long* sorted = keys + static_cast<int64_t>(chunk) * work.kept;
       int at = 0;
-      while (at < work.kept && sorted[at] >= last) ++at;
+      while (at < work.kept && sorted[at] >= taken) ++at;
       if (at < work.kept && sorted[at] > best) best = sorted[at];
     }
-    last = warp_max(best);
-    if (lane == 0) list[i] = last;
-    if (last == 0) {
-      for (int rest = i + 1 + lane; rest < work.kept; rest += 32) list[rest] = 0;
-      break;
-    }
+    return best;
+  };
+  unsigned long long mine = next_of_lane(~0ull);
+  for (int i = 0; i < work.kept; ++i) {
+    const unsigned long long best = warp_max(mine);
+    if (lane == 0) list[i] = best;
+    if (best != 0 && mine == best) mine = next_of_lane(best);
   }
   __syncwarp();
   facts->max = logit_of(list[0]);
@@ -279,8 +312,9 @@ inline std::size_t select_shared_bytes(int64_t rows, int64_t width, int64_t kept
 }
 
 // Grid (requests).
-__global__ void __launch_bounds__(kSelectThreads) beam_step_select(const BeamStepArgs args,
-                                                                   const BeamStepWork work) {
+// Without the 1 ptxas spills registers to fit more blocks.
+__global__ void __launch_bounds__(kSelectThreads, 1) beam_step_select(const BeamStepArgs args,
+                                                                      const BeamStepWork work) {
   REDRAFTER_DYNAMIC_SHARED(raw);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int64_t b = blockIdx.x;

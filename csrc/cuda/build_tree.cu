@@ -4,29 +4,12 @@
 #include "cuda/build_tree_kernel.cuh"
 
 #include <algorithm>
-#include <initializer_list>
 
 #include "cuda/launch.h"
+#include "cuda/strided.h"
 
 namespace redrafter::cuda {
 namespace {
-
-template <class T>
-Strided<T> strided(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape,
-                   const char* name) {
-  check_dtype(tensor, dtype, name);
-  check_device(tensor, name);
-  check_dims(tensor, static_cast<int64_t>(shape.size()), name);
-  Strided<T> found = {static_cast<T*>(tensor.mutable_data_ptr()), {0, 0, 0}};
-  int64_t i = 0;
-  for (const int64_t size : shape) {
-    STD_TORCH_CHECK(tensor.size(i) == size, name, " has ", tensor.size(i), " entries in dimension ",
-                    i, "; it must have ", size, ".");
-    found.stride[i] = tensor.stride(i);
-    ++i;
-  }
-  return found;
-}
 
 void build_tree_cuda(const Tensor& out_tokens, const Tensor& out_parents, const Tensor& out_depths,
                      const Tensor& out_masks, const Tensor& out_num_nodes, const Tensor& root,
@@ -36,7 +19,10 @@ void build_tree_cuda(const Tensor& out_tokens, const Tensor& out_parents, const 
   check_dims(out_masks, 3, "out_masks");
   const int64_t batch = tokens.size(0), length = tokens.size(1), width = tokens.size(2);
   const int64_t most = out_tokens.size(1), words = out_masks.size(2);
-  STD_TORCH_CHECK(most >= 1 && words * 64 >= most, "out_tokens has room for ", most,
+  check_size(length, "The draft length");
+  check_size(width, "The beam width");
+  check_size(words, "The number of mask words");
+  STD_TORCH_CHECK(most >= 1 && words_hold(words, most), "out_tokens has room for ", most,
                   " nodes and out_masks for ", words * 64,
                   "; at least 1, and as many, are needed.");
   STD_TORCH_CHECK(length >= 1 && width >= 1, "tokens has no candidates.");

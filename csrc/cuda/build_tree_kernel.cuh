@@ -10,23 +10,9 @@
 #include <cstdint>
 
 #include "cuda/device.h"
+#include "cuda/tree_rows.cuh"
 
 namespace redrafter::cuda {
-
-// Fillers of the beam search score below this; build.py's LOWEST_REAL_SCORE.
-constexpr float kLowestRealScore = -25000.0f;
-
-template <class T>
-struct Strided {
-  T* data;
-  int64_t stride[3];
-#ifdef __CUDACC__
-  __device__
-#endif
-  T& at(int64_t i, int64_t j = 0, int64_t k = 0) const {
-    return data[i * stride[0] + j * stride[1] + k * stride[2]];
-  }
-};
 
 struct BuildTreeArgs {
   Strided<int64_t> out_tokens, out_parents, out_depths, out_masks, out_num_nodes;
@@ -48,16 +34,8 @@ struct BuildTreeShared {
   int* count;     // nodes
 };
 
-constexpr int kBroken = -2;
-constexpr unsigned kWholeWarp = 0xffffffffu;
-
 inline std::size_t build_tree_shared_bytes(int64_t candidates, int64_t most) {
   return static_cast<std::size_t>(5 * candidates + 2 * most + 1) * sizeof(int);
-}
-
-// Sum of `flag` over the lanes below this one.
-__device__ inline int lanes_below(unsigned ballot) {
-  return __popc(ballot & ((1u << (threadIdx.x % 32)) - 1));
 }
 
 // `best`, by one warp: s.order holds the rank of each candidate (-1: not chosen), s.by_order the
@@ -97,18 +75,7 @@ __device__ inline void number_best(const BuildTreeArgs& args, const BuildTreeSha
     __syncwarp();
   }
   // Chain members have their numbers; the others follow in the order of their ranks.
-  int count = 1;
-  for (int first = 0; first < chosen; first += 32) {
-    const bool in_chain = first + lane < chosen && s.node_of[s.by_order[first + lane]] > 0;
-    count += __popc(__ballot_sync(kWholeWarp, in_chain));
-  }
-  for (int first = 0; first < chosen; first += 32) {
-    const int i = first + lane < chosen ? s.by_order[first + lane] : -1;
-    const bool mine = i >= 0 && s.node_of[i] == 0;
-    const unsigned ballot = __ballot_sync(kWholeWarp, mine);
-    if (mine) s.node_of[i] = count + lanes_below(ballot);
-    count += __popc(ballot);
-  }
+  const int count = number_the_others(s.node_of, s.by_order, chosen);
   if (lane == 0) *s.count = count;
 }
 
@@ -258,15 +225,7 @@ __global__ void __launch_bounds__(512) build_tree_kernel(BuildTreeArgs args) {
     args.out_parents.at(b, node) = drafted ? s.parent[node] : -1;
     args.out_depths.at(b, node) = drafted ? i / width + 1 : 0;
   }
-  for (int at = thread; at < most * args.words; at += threads) {
-    const int node = at / args.words, word = at % args.words;
-    unsigned long long bits = 0;
-    for (int up = node;; up = s.parent[up]) {
-      if (up / 64 == word) bits |= 1ull << (up % 64);
-      if (up == 0 || up >= count) break;
-    }
-    args.out_masks.at(b, node, word) = static_cast<int64_t>(bits);
-  }
+  write_masks(s.parent, count, most, args.words, args.out_masks, b);
   if (thread == 0) args.out_num_nodes.at(b) = count;
 }
 

@@ -83,7 +83,9 @@ struct Model {
 Model read_model(const std::vector<Tensor>& layers, int64_t hidden, int64_t exit_dim,
                  int64_t vocab, int64_t num_blocks, bool rnn) {
   STD_TORCH_CHECK(!layers.empty(), "redrafter::draft: there are no layers.");
-  STD_TORCH_CHECK(hidden > 0 && exit_dim > 0 && vocab > 0 && vocab < INT32_MAX && num_blocks >= 0,
+  STD_TORCH_CHECK(hidden > 0 && hidden < INT32_MAX && exit_dim > 0 && exit_dim < INT32_MAX &&
+                      vocab > 0 && vocab < INT32_MAX && num_blocks >= 0 &&
+                      num_blocks <= static_cast<int64_t>(layers.size()),
                   "redrafter::draft: hidden ", hidden, ", exit_dim ", exit_dim, ", head_rows ",
                   vocab, " or num_blocks ", num_blocks, " is impossible.");
   Model m{};
@@ -130,7 +132,7 @@ DraftTable table_of(const Tensor& t, const char* name) {
 template <class T>
 struct Buffer {
   Buffer(const Tensor& like, int64_t rows, int64_t columns, ScalarType type)
-      : tensor(torch::stable::new_empty(like, {rows, columns}, type)),
+      : tensor(scratch(like, {rows, columns}, type)),
         data(static_cast<T*>(tensor.mutable_data_ptr())) {}
   Tensor first(int64_t rows) { return torch::stable::narrow(tensor, 0, 0, rows); }
 

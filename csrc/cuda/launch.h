@@ -4,11 +4,13 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 #include "common/check.h"
 #include "common/registry.h"
@@ -31,6 +33,10 @@ extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int3
 #define REDRAFTER_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                     \
   do {                                                                                       \
     (void)(stream);                                                                          \
+    if (::emulation::launched_elsewhere(+kernel, #kernel, (grid), (block), (shared_bytes),   \
+                                        __VA_ARGS__)) {                                      \
+      break;                                                                                 \
+    }                                                                                        \
     ::emulation::launch(#kernel, (grid), (block), (shared_bytes), [&] { (kernel)(__VA_ARGS__); }); \
   } while (0)
 
@@ -87,6 +93,16 @@ inline cudaStream_t stream_of(const torch::stable::Tensor& tensor) {
   (void)tensor;
   return nullptr;
 #endif
+}
+
+// Memory from torch's allocator on the tensor's device, without contents.
+inline torch::stable::Tensor scratch(const torch::stable::Tensor& like,
+                                     std::initializer_list<int64_t> sizes, ScalarType type) {
+  torch::stable::Tensor made = torch::stable::new_empty(like, sizes, type);
+#ifndef __CUDACC__
+  ::emulation::allocated(made.mutable_data_ptr(), made.numel() * made.element_size());
+#endif
+  return made;
 }
 
 inline int device_attribute(const torch::stable::Tensor& tensor, cudaDeviceAttr attribute) {

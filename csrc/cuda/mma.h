@@ -47,6 +47,30 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                : "memory");
 }
 
+// Two floats rounded to 16 bits each, the first one in the low half.
+__device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+__device__ __forceinline__ uint32_t pack(float low, float high, __half) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+__device__ __forceinline__ float unpack_low(uint32_t packed, __nv_bfloat16) {
+  return __uint_as_float(packed << 16);
+}
+__device__ __forceinline__ float unpack_high(uint32_t packed, __nv_bfloat16) {
+  return __uint_as_float(packed & 0xffff0000u);
+}
+__device__ __forceinline__ float unpack_low(uint32_t packed, __half) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(packed)));
+}
+__device__ __forceinline__ float unpack_high(uint32_t packed, __half) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(packed >> 16)));
+}
+
 // 16 bytes to shared memory; zeros, and no read, if not valid. `global` must be a valid address
 // even then.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
@@ -78,6 +102,20 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
 }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
   ::emulation::ldmatrix_x4(r, row, true);
+}
+inline uint32_t pack(float low, float high, __nv_bfloat16) {
+  return __float2bfloat16(low).__x | uint32_t{__float2bfloat16(high).__x} << 16;
+}
+inline uint32_t pack(float low, float high, __half) {
+  return __float2half(low).__x | uint32_t{__float2half(high).__x} << 16;
+}
+template <class T>
+float unpack_low(uint32_t packed, T type) {
+  return ::emulation::widen(static_cast<uint16_t>(packed), type);
+}
+template <class T>
+float unpack_high(uint32_t packed, T type) {
+  return ::emulation::widen(static_cast<uint16_t>(packed >> 16), type);
 }
 inline void cp_async_16(void* shared, const void* global, bool valid) {
   ::emulation::cp_async(shared, global, valid ? 16 : 0, 16);

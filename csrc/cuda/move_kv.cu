@@ -32,6 +32,9 @@ void move_kv_cuda(const Tensor& caches, const std::optional<Tensor>& key_map,
                   head_dim, " must be positive.");
   STD_TORCH_CHECK(element_size == 1 || element_size == 2 || element_size == 4, "element_size is ",
                   element_size, "; it must be 1, 2 or 4.");
+  check_size(block_size, "block_size");
+  check_size(head_dim, "head_dim");
+  check_size(head_dim * element_size, "head_dim x element_size");
   const int64_t count = src_slots.size(0), layers = caches.size(0);
   MoveArgs args = {};
   args.caches = static_cast<const Cache*>(caches.const_data_ptr());

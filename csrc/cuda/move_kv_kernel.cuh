@@ -61,7 +61,7 @@ __device__ void move_rows(const MoveArgs& args, const Rows& rows, int bytes, voi
 }
 
 // Grid (head blocks x column blocks, K and V, layers).
-__global__ void __launch_bounds__(256) move_kv_kernel(const MoveArgs args) {
+__global__ void __launch_bounds__(256, 1) move_kv_kernel(const MoveArgs args) {
   REDRAFTER_DYNAMIC_SHARED(raw);
   const Cache& cache = args.caches[blockIdx.z];
   const bool is_key = blockIdx.y == 0;

@@ -20,13 +20,14 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kMaxPieces = 32;
 constexpr int64_t kKeysPerPiece = 256;  // fewer keys are not worth a piece of their own
 
 // 16-byte copies need features side by side and every token on a 16-byte boundary.
-bool copies_fit(const void* data, const int64_t (&stride)[4]) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride[3] == 1 && stride[0] % 8 == 0 &&
-         stride[1] % 8 == 0 && stride[2] % 8 == 0;
+template <int kDims>
+bool copies_fit(const void* data, const int64_t (&stride)[kDims]) {
+  const auto fits = [](int64_t one) { return one % 8 == 0; };
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride[kDims - 1] == 1 &&
+         std::all_of(stride, stride + kDims - 1, fits);
 }
 
 template <class T, int kDim>
@@ -70,11 +71,13 @@ template <class T>
 void run(TreeAttentionArgs& args, const Tensor& query, int64_t max_rows) {
   const cudaStream_t stream = stream_of(query);
   const int64_t rows = max_rows * (args.query_heads / args.kv_heads);
-  const bool tensor_cores = copies_fit(args.key_cache, args.key_stride) &&
+  const bool tensor_cores = copies_fit(args.query, args.query_stride) &&
+                            copies_fit(args.key_cache, args.key_stride) &&
                             copies_fit(args.value_cache, args.value_stride);
   const int64_t row_tiles = ceil_div(rows, tensor_cores ? kRows : kWarps);
   // As many pieces as fill the device twice over: how long contexts are is not known here.
-  const int64_t space = args.table_columns * args.block_size;
+  const int64_t room = args.table_columns * args.block_size;
+  const int64_t space = args.window > 0 ? std::min(room, args.window + max_rows) : room;
   const int64_t wanted =
       ceil_div(2 * multiprocessors(query), args.requests * args.kv_heads * row_tiles);
   const int64_t pieces =
@@ -83,8 +86,8 @@ void run(TreeAttentionArgs& args, const Tensor& query, int64_t max_rows) {
   std::optional<Tensor> partial, partial_state;
   if (pieces > 1) {
     const int64_t cells = pieces * args.tokens * args.query_heads;
-    partial = torch::stable::new_empty(query, {cells * args.head_dim}, ScalarType::Float);
-    partial_state = torch::stable::new_empty(query, {cells * 2}, ScalarType::Float);
+    partial = scratch(query, {cells * args.head_dim}, ScalarType::Float);
+    partial_state = scratch(query, {cells * 2}, ScalarType::Float);
     args.partial = static_cast<float*>(partial->mutable_data_ptr());
     args.partial_state = static_cast<float*>(partial_state->mutable_data_ptr());
   }
@@ -111,7 +114,8 @@ void tree_attention_cuda(const Tensor& out, const Tensor& query, const Tensor& k
                          const std::optional<Tensor>& value_map, const Tensor& block_table,
                          const Tensor& request_index, const Tensor& row_start,
                          const Tensor& row_count, const Tensor& context_lens, const Tensor& masks,
-                         double scale, double softcap) {
+                         double scale, double softcap, int64_t window,
+                         const std::optional<Tensor>& sinks) {
   STD_TORCH_CHECK(!key_map.has_value() && !value_map.has_value(),
                   "key_map and value_map are for caches on the CPU; on CUDA pass None.");
   check_device(out, "out");
@@ -162,6 +166,13 @@ void tree_attention_cuda(const Tensor& out, const Tensor& query, const Tensor& k
   STD_TORCH_CHECK(args.block_size > 0, "block_size is 0.");
   STD_TORCH_CHECK(softcap >= 0, "softcap is ", softcap, "; it must be 0 (off) or positive.");
   STD_TORCH_CHECK(scale > 0, "scale is ", scale, "; it must be positive.");
+  STD_TORCH_CHECK(window >= 0, "window is ", window, "; it must be 0 (off) or positive.");
+  // Longer than any context: none.
+  args.window = window < kLargestSize ? static_cast<int>(window) : 0;
+  if (sinks.has_value()) {
+    check_device(*sinks, "sinks");
+    args.sinks = vector_data<float>(*sinks, ScalarType::Float, args.query_heads, "sinks");
+  }
   STD_TORCH_CHECK(masks.size(0) == args.tokens, "masks has ", masks.size(0), " rows; query has ",
                   args.tokens, ".");
   STD_TORCH_CHECK((block_table.size(1) < 2 || block_table.stride(1) == 1) &&

@@ -81,7 +81,7 @@ def pack_linear(weight: Tensor) -> Tensor:
 
 
 class CompiledDraft:
-    """``beam_search`` of one drafter with fixed settings, compiled.
+    """``beam_search`` of one drafter, compiled.
 
     Memory on the CPU: the packed layers take as much room as the drafter's own.
     ``take_weights=True`` frees each of those as soon as it is packed (the drafter object is then of
@@ -169,20 +169,28 @@ class CompiledDraft:
         """What the layers take in memory: packed ones, or on CUDA the drafter's own."""
         return sum(tensor.nbytes for tensor in self._layers)
 
-    def __call__(self, context: Tensor, token: Tensor) -> Beams:
+    def __call__(
+        self,
+        context: Tensor,
+        token: Tensor,
+        beam_width: int | None = None,
+        draft_length: int | None = None,
+    ) -> Beams:
         """Draft for every request of a batch; see ``beam_search`` for the meaning.
 
         Args:
             context: ``[B, H]``, float32, bfloat16 or float16.
             token: ``[B]`` int64.
+            beam_width, draft_length: others than those of the constructor, from the same packed
+                weights.
 
         Raises:
             RuntimeError: shapes or dtypes do not fit, or (CPU) a token has no embedding.
         """
+        width, length = beam_width or self.beam_width, draft_length or self.draft_length
         if self._twin is not None:
-            return self._call_twin(context, token)
-        batch = token.shape[0]
-        shape = (batch, self.draft_length, self.beam_width)
+            return self._call_twin(context, token, width, length)
+        shape = (token.shape[0], length, width)
         device = self.embedding.device
         tokens = torch.empty(shape, dtype=torch.int64, device=device)
         parents = torch.empty(shape, dtype=torch.int64, device=device)
@@ -204,13 +212,11 @@ class CompiledDraft:
         )
         return Beams(root=token, tokens=tokens, parents=parents, scores=scores)
 
-    def _call_twin(self, context: Tensor, token: Tensor) -> Beams:
+    def _call_twin(self, context: Tensor, token: Tensor, width: int, length: int) -> Beams:
         bound = self._twin.embedding
         self._twin.embedding = self.embedding
         try:
-            return beam_search(
-                self._twin, context, token, self.beam_width, self.draft_length, self.top_k
-            )
+            return beam_search(self._twin, context, token, width, length, self.top_k)
         finally:
             self._twin.embedding = bound
 

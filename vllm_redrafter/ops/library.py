@@ -14,10 +14,36 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_ops.so"
+TORCH_CUDA = Path(torch.__file__).resolve().parent / "lib" / "libtorch_cuda.so"
 
-OPERATORS = ("beam_step", "draft", "build_tree", "tree_attention", "walk", "move_kv")
+OPERATORS = (
+    "beam_step",
+    "draft",
+    "build_tree",
+    "suffix_lookup",
+    "merge_candidates",
+    "choose_tree",
+    "tree_attention",
+    "argmax_rows",
+    "walk",
+    "move_kv",
+)
+
+# On CUDA torch's own argmax reads rows at the speed of memory.
+CPU_ONLY = ("argmax_rows",)
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+
+def _show_torch_cuda() -> None:
+    """Let our library see the names of torch's CUDA half, where this torch has one.
+
+    Our library has torch's current stream as a weak symbol, so that it loads beside a torch without
+    CUDA too. Such a symbol stays empty unless its library is visible to all, which torch does not
+    make it; and it is looked up only once, when our library is loaded.
+    """
+    if TORCH_CUDA.is_file():
+        ctypes.CDLL(str(TORCH_CUDA), mode=ctypes.RTLD_GLOBAL)
 
 
 @functools.cache
@@ -30,6 +56,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             "is missing."
         )
     try:
+        _show_torch_cuda()
         torch.ops.load_library(str(LIBRARY))
         handle = ctypes.CDLL(str(LIBRARY))
         handle.redrafter_isa.restype = ctypes.c_char_p

@@ -126,6 +126,15 @@ class MoveKV:
                 src_slots, dst_slots,
             )  # fmt: skip
 
+    def read(self, slots: Tensor) -> list[Tensor]:
+        """K and V at slots in every layer, ``[slots, heads, head_dim]`` of integers; for checks."""
+        sides = (self.key_caches, self.key_map), (self.value_caches, self.value_map)
+        return [
+            reference.read_kv(cache, cache_map, slots)
+            for caches, cache_map in sides
+            for cache in caches
+        ]
+
 
 def _table_row(key: Tensor, value: Tensor) -> list[int]:
     size = key.element_size()

@@ -6,6 +6,8 @@ Arguments are documented at the operators themselves, in the module of the same 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,8 @@ def tree_attention(
     masks: Tensor,
     scale: float,
     softcap: float,
+    window: int = 0,
+    sinks: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Twin of ``vllm_redrafter.ops.tree_attention``; in float64 the tests' reference."""
@@ -43,8 +47,17 @@ def tree_attention(
         if rows == 0:
             continue
         blocks = block_table[int(request_index[r])]
-        keys = gather_tokens(key_cache, key_map, blocks, context + rows).to(compute_dtype)
-        values = gather_tokens(value_cache, value_map, blocks, context + rows).to(compute_dtype)
+        sees = torch.ones(rows, context + rows, dtype=torch.bool, device=query.device)
+        sees[:, context:] = unpack_bits(masks[start : start + rows], rows)
+        first = 0
+        if window:
+            sees = last_seen(sees, context, window)
+            # What no row's window holds may be in a block of another request, or of none.
+            first = int(sees.any(0).int().argmax())
+            sees = sees[:, first:]
+        tokens = blocks, context + rows, first
+        keys = gather_tokens(key_cache, key_map, *tokens).to(compute_dtype)
+        values = gather_tokens(value_cache, value_map, *tokens).to(compute_dtype)
         keys = keys.repeat_interleave(heads // kv_heads, dim=1)
         values = values.repeat_interleave(heads // kv_heads, dim=1)
 
@@ -52,27 +65,43 @@ def tree_attention(
         scores = torch.einsum("ihd,jhd->hij", row_query, keys) * scale
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
-        sees = torch.ones(rows, context + rows, dtype=torch.bool, device=query.device)
-        sees[:, context:] = unpack_bits(masks[start : start + rows], rows)
         scores = scores.masked_fill(~sees, -torch.inf)
+        if sinks is not None:
+            column = sinks.to(compute_dtype)[:, None, None].expand(-1, rows, 1)
+            scores = torch.cat([scores, column], dim=-1)
         # A row that sees nothing has no softmax: its result is 0.
         weights = torch.softmax(scores, dim=-1).where(sees.any(-1)[:, None], 0)
+        if sinks is not None:
+            weights = weights[..., :-1]
         # Weights of hidden rows are 0, but 0 * inf would be NaN: hidden values must not be read.
         weighted = weights[..., None] * values.permute(1, 0, 2)[:, None]
         result = weighted.where(sees[None, ..., None], 0).sum(2)
         out[start : start + rows] = result.permute(1, 0, 2).to(out.dtype)
 
 
-def gather_tokens(cache: Tensor, cache_map: Tensor | None, blocks: Tensor, count: int) -> Tensor:
-    """The first ``count`` tokens of a request, ``[count, kv_heads, head_dim]``, through the map."""
+def last_seen(sees: Tensor, context: int, window: int) -> Tensor:
+    """Of the keys that each row sees, bool ``[rows, keys]``, the last ``window``.
+
+    A row that its own mask leaves out counts as one of them all the same.
+    """
+    still_to_come = sees.int().flip(-1).cumsum(-1).flip(-1)
+    hidden = ~sees[:, context:].any(-1, keepdim=True)
+    return sees & (still_to_come + hidden.int() <= window)
+
+
+def gather_tokens(
+    cache: Tensor, cache_map: Tensor | None, blocks: Tensor, end: int, first: int = 0
+) -> Tensor:
+    """Tokens ``first`` to ``end`` of a request, ``[n, kv_heads, head_dim]``, through the map."""
     _, heads, block_size, head_dim = cache.shape
-    used = blocks[: -(-count // block_size)].long()
+    used = blocks[first // block_size : -(-end // block_size)].long()
+    wanted = slice(first % block_size, first % block_size + end - first)
     if cache_map is None:
-        return cache[used].transpose(1, 2).flatten(0, 1)[:count]
+        return cache[used].transpose(1, 2).flatten(0, 1)[wanted]
     offsets = map_offsets(cache_map, block_size, head_dim)
     regions = cache[used].reshape(used.numel(), heads, block_size * head_dim)
     tokens = regions[:, :, offsets]  # [blocks, heads, block_size, head_dim]
-    return tokens.transpose(1, 2).flatten(0, 1)[:count]
+    return tokens.transpose(1, 2).flatten(0, 1)[wanted]
 
 
 def unpack_bits(masks: Tensor, count: int) -> Tensor:
@@ -102,16 +131,37 @@ def move_kv(
                 rows = bits[src // block_size, :, src % block_size]
                 bits[dst // block_size, :, dst % block_size] = rows
                 continue
-            offsets = map_offsets(cache_map, block_size, head_dim)
-            # [blocks, heads, region]: a view, so that writing to it writes to the cache.
-            regions = bits.as_strided(
-                (blocks, heads, block_size * head_dim), (cache.stride(0), cache.stride(1), 1)
-            )
-            src_block, src_offset = src // block_size, offsets[src % block_size]
-            dst_block, dst_offset = dst // block_size, offsets[dst % block_size]
-            head = torch.arange(heads)[None, :, None]
-            rows = regions[src_block[:, None, None], head, src_offset[:, None, :]]
-            regions[dst_block[:, None, None], head, dst_offset[:, None, :]] = rows
+            regions, places = _regions(bits, cache_map)
+            regions[places(dst)] = regions[places(src)]
+
+
+def read_kv(cache: Tensor, cache_map: Tensor | None, slots: Tensor) -> Tensor:
+    """``[slots, heads, head_dim]``, what lies at slots of a paged cache, as integers."""
+    block_size = cache.shape[2]
+    bits = cache.view(_BITS[cache.element_size()])
+    if cache_map is None:
+        return bits[slots // block_size, :, slots % block_size]
+    regions, places = _regions(bits, cache_map)
+    return regions[places(slots)]
+
+
+def _regions(bits: Tensor, cache_map: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple]]:
+    """``[blocks, heads, region]`` of a cache with a map, and the index of slots in it.
+
+    The regions are a view: writing to them writes to the cache.
+    """
+    blocks, heads, block_size, head_dim = bits.shape
+    offsets = map_offsets(cache_map, block_size, head_dim)
+    head = torch.arange(heads)[None, :, None]
+    regions = bits.as_strided(
+        (blocks, heads, block_size * head_dim), (bits.stride(0), bits.stride(1), 1)
+    )
+
+    def places(slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        block, offset = slots // block_size, offsets[slots % block_size]
+        return block[:, None, None], head, offset[:, None, :]
+
+    return regions, places
 
 
 def walk(

@@ -25,6 +25,8 @@ def tree_attention(
     masks: Tensor,
     scale: float,
     softcap: float = 0.0,
+    window: int = 0,
+    sinks: Tensor | None = None,
 ) -> None:
     """Softmax attention where a row sees its request's context and the masked part of its tree.
 
@@ -56,6 +58,13 @@ def tree_attention(
         masks: int64 ``[T, words]``, bit j % 64 of word j // 64 for row j of the same request.
         scale: factor on the scores.
         softcap: 0 for off, else scores become ``softcap * tanh(score / softcap)``.
+        window: 0 for off, else a row sees only the last so many of the keys that it would see,
+            its own included. For a row of a tree these are the keys at positions greater than its
+            own less ``window``, where a row's position is ``context_lens`` plus its depth. Blocks
+            in front of every row's window are not read.
+        sinks: None, or float32 ``[query_heads]``: logits that enter the softmax's sum as one more
+            key without a value; neither scaled nor capped. A row that sees nothing still gets
+            zeros.
 
     On CUDA nothing is read back: a block number outside the cache is a key that nobody sees, and
     counts that exceed the tensors are cut. There, with bfloat16 or float16, a value that is not
@@ -70,7 +79,7 @@ def tree_attention(
         operator = reference.tree_attention
     operator(
         out, query, key_cache, value_cache, key_map, value_map, block_table, request_index,
-        row_start, row_count, context_lens, masks, scale, softcap,
+        row_start, row_count, context_lens, masks, scale, softcap, window, sinks,
     )  # fmt: skip
 
 
