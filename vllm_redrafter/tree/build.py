@@ -74,7 +74,7 @@ def _best_tree(beams: Beams, b: int, limit: int | None) -> tuple[list[int], list
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
     chosen = [i for i in order if scores[i] > LOWEST_REAL_SCORE][:limit]
 
-    chain = _best_chain(chosen, scores, parent_of)
+    chain = best_chain(chosen, parent_of)
     in_chain = set(chain)
     node_of = {candidate: node for node, candidate in enumerate(chain, start=1)}
     for candidate in chosen:
@@ -89,7 +89,7 @@ def _best_tree(beams: Beams, b: int, limit: int | None) -> tuple[list[int], list
     return tokens, parents
 
 
-def _best_chain(chosen: list[int], scores: list[float], parent_of: list[int | None]) -> list[int]:
+def best_chain(chosen: list[int], parent_of: list[int | None]) -> list[int]:
     """From the root always to the likeliest chosen child; ``chosen`` is best first."""
     chain: list[int] = []
     for candidate in chosen:
