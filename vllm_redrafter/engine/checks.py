@@ -12,6 +12,7 @@ import torch
 from vllm_redrafter.drafter.checkpoint import check_files
 from vllm_redrafter.drafter.config import DrafterConfig, DrafterError
 from vllm_redrafter.engine.compat import check_hooks, tested_versions, vllm_version
+from vllm_redrafter.engine.target_check import check_description
 from vllm_redrafter.ops.library import has_kernel
 from vllm_redrafter.options import OptionError, ReDrafterOptions
 
@@ -19,6 +20,14 @@ logger = logging.getLogger("vllm.vllm_redrafter")
 
 # What the CUDA kernels are compiled for.
 MOST_BEAMS_ON_CUDA = 64
+
+# KV in the model's own numbers; every other dtype is scaled or packed.
+PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+# Tokens that a target may have beyond its drafter's vocabulary, as a share of that: added ones.
+# With more than that it has another tokenizer.
+MOST_ADDED = 1 / 8
 
 
 class UnsupportedError(ValueError):
@@ -67,7 +76,38 @@ def check_engine_args(engine_args: Any) -> bool:
             "worker_cls at 'auto'."
         )
     _check_parallel(engine_args)
+    _check_settings(engine_args, v2)
     return v2
+
+
+def _check_settings(engine_args: Any, v2: bool) -> None:
+    """Settings that vLLM would refuse in words about `custom_class`, or not at all."""
+    if not v2 and engine_args.async_scheduling:
+        raise UnsupportedError(
+            "ReDrafter does not support async_scheduling on Model Runner V1, where a step's drafts "
+            "are needed before the next step is scheduled; leave it out."
+        )
+    dtype = engine_args.kv_cache_dtype
+    if dtype not in PLAIN_CACHE_DTYPES:
+        raise UnsupportedError(
+            f"ReDrafter does not support kv_cache_dtype '{dtype}' yet; leave it at 'auto'."
+        )
+    if engine_args.kv_offloading_size is not None:
+        raise UnsupportedError(
+            "ReDrafter does not support KV offloading, which saves KV before the accepted path is "
+            f"in place (kv_offloading_size={engine_args.kv_offloading_size}); leave it out."
+        )
+    if engine_args.kv_sharing_fast_prefill:
+        raise UnsupportedError(
+            "ReDrafter does not support kv_sharing_fast_prefill, which leaves rows of a step out "
+            "of some layers; leave it off."
+        )
+    # `enable_return_routed_experts` itself has been put there by EngineArgs.
+    if engine_args.aux_output_config.enable_return_routed_experts:
+        raise UnsupportedError(
+            "ReDrafter does not support enable_return_routed_experts: experts are recorded by row, "
+            "and a tree's rows are not the text's tokens; leave it off."
+        )
 
 
 def _check_parallel(engine_args: Any) -> None:
@@ -152,25 +192,27 @@ def check_engine_config(
             "ReDrafter does not support data parallelism for mixture-of-experts targets, whose "
             f"replicas take every step together (data_parallel_size={replicas}); set it to 1."
         )
-    if config.cache_config.cache_dtype.startswith("fp8"):
+    # 'auto' becomes what the target's quantization asks for.
+    if config.cache_config.cache_dtype not in PLAIN_CACHE_DTYPES:
         raise UnsupportedError(
-            f"ReDrafter does not support kv_cache_dtype '{config.cache_config.cache_dtype}' on "
-            "the CPU yet; leave it at 'auto'."
-        )
-    if v2 and config.lora_config is not None:
-        raise UnsupportedError(
-            "ReDrafter does not support LoRA on Model Runner V2, where vLLM tells its adapters of "
-            "one row of logits per request, drafts or not; leave enable_lora off."
+            "ReDrafter does not support the target's own kv_cache_dtype "
+            f"'{config.cache_config.cache_dtype}' yet; give another target, or a kv_cache_dtype."
         )
     if v2:
         _check_v2(config, options)
     _check_budget(config, options)
     vocab_size, hidden_size = model.get_vocab_size(), model.get_hidden_size()
-    if vocab_size != drafter.vocab_size:
+    added = vocab_size - drafter.vocab_size
+    if not 0 <= added <= drafter.vocab_size * MOST_ADDED:
         raise DrafterError(
             f"The drafter in '{options.model}' has vocab_size {drafter.vocab_size}, but the target "
             f"'{model.model}' has {vocab_size}: use a drafter that was trained for this target."
         )
+    if added:
+        logger.warning(
+            "The target has %d tokens more than the drafter's vocab_size %d; they are never "
+            "drafted.", added, drafter.vocab_size,
+        )  # fmt: skip
     if hidden_size != drafter.hidden_size:
         raise DrafterError(
             f"The drafter in '{options.model}' has hidden_size {drafter.hidden_size}, but the "
@@ -183,6 +225,7 @@ def check_engine_config(
             f"{drafter.draft_vocab_size} tokens only; it must not be larger than that."
         )
     check_files(options.model, drafter)
+    check_description(drafter.target, options, model)
 
 
 def _check_v2(config: Any, options: ReDrafterOptions) -> None:
@@ -208,7 +251,7 @@ def _check_v2(config: Any, options: ReDrafterOptions) -> None:
 
 def _check_model(model: Any) -> None:
     name = ", ".join(model.architectures)
-    cure = "use a decoder-only target with full attention in every layer."
+    cure = "use a decoder-only target with full or sliding-window attention in every layer."
     if model.runner_type != "generate":
         raise UnsupportedError(
             f"ReDrafter drafts for text generation, not for runner '{model.runner_type}'; leave "
@@ -229,11 +272,13 @@ def _check_model(model: Any) -> None:
         raise UnsupportedError(
             f"ReDrafter does not support multi-dimensional rotary positions ({name}); {cure}"
         )
-    text = model.hf_text_config
-    layer_types = getattr(text, "layer_types", None) or ()
-    if model.get_sliding_window() is not None or "sliding_attention" in layer_types:
+    # Llama 4. A context within the first chunk is attended to in full.
+    chunk = model.attention_chunk_size
+    if chunk and model.max_model_len > chunk:
         raise UnsupportedError(
-            f"ReDrafter does not support sliding-window attention ({name}); {cure}"
+            f"ReDrafter does not support chunked local attention ({name}) over contexts of more "
+            f"than one chunk, and max_model_len is {model.max_model_len}; set it to {chunk} or "
+            "less."
         )
 
 
@@ -252,6 +297,15 @@ def _check_budget(config: Any, options: ReDrafterOptions) -> None:
             f"num_speculative_tokens {nodes} needs {name} of at least {1 + nodes}, but {name} is "
             f"{budget}; raise it or set a smaller num_speculative_tokens."
         )
+    # The scheduler cuts those 1 + N rows to this number when other requests wait or run, and then
+    # finds them missing.
+    threshold = scheduler.long_prefill_token_threshold
+    if 0 < threshold < 1 + nodes:
+        raise OptionError(
+            f"num_speculative_tokens {nodes} needs long_prefill_token_threshold of at least "
+            f"{1 + nodes}, or 0, but it is {threshold}; raise it or set a smaller "
+            "num_speculative_tokens."
+        )
     longest = config.model_config.max_model_len
     if longest < 2 + nodes:
         raise OptionError(
@@ -265,29 +319,34 @@ def _check_budget(config: Any, options: ReDrafterOptions) -> None:
         )
 
 
-def check_layers(layers: dict[str, Any], supported: tuple[type, ...]) -> None:
+def check_layers(
+    layers: dict[str, Any], supported: tuple[type, ...], most_head_size: int | None = None
+) -> None:
     """Refuse attention layers that our tree attention does not compute.
 
     Args:
         layers: attention layers of one KV cache group, by name.
         supported: the backend implementations whose cache we can read.
+        most_head_size: that our kernels have; None for any.
 
     Raises:
         UnsupportedError: another implementation, or a feature of it that we lack.
     """
+    first_size = None
     for name, layer in layers.items():
         impl = getattr(layer, "impl", None)
-        reason = None
+        reason, size = None, getattr(impl, "head_size", None)
+        first_size = first_size or size
         if type(impl) not in supported:
             reason = f"the attention implementation {type(impl).__name__}"
-        elif getattr(impl, "sliding_window", -1) not in (None, -1, (-1, -1)):
-            reason = f"a sliding window of {impl.sliding_window}"
         elif getattr(impl, "alibi_slopes", None) is not None:
             reason = "ALiBi"
-        elif getattr(impl, "sinks", None) is not None:
-            reason = "attention sinks"
+        elif most_head_size is not None and size > most_head_size:
+            reason = f"heads of {size} here, at most {most_head_size}"
+        elif size != first_size:
+            reason = f"heads of {first_size} and of {size} in one group of layers"
         if reason:
             raise UnsupportedError(
                 f"ReDrafter does not support {reason} (layer '{name}'); use a target with plain "
-                "full attention."
+                "softmax attention."
             )

@@ -62,6 +62,11 @@ _SHARED = (
         parameters=("usage_context", "headless"),
     ),
     Hook(
+        "vllm.engine.arg_utils:EngineArgs.add_cli_args",
+        "wrapped: `--spec-method redrafter`",
+        parameters=("parser",),
+    ),
+    Hook(
         "vllm.engine.arg_utils:EngineArgs",
         "the fields that the wrapper reads and rewrites",
         fields=(
@@ -72,8 +77,10 @@ _SHARED = (
             "spec_model",
             "spec_tokens",
             "kv_transfer_config",
+            "ec_transfer_config",
             "compilation_config",
             "enforce_eager",
+            "enable_lora",
             "cudagraph_capture_sizes",
             "max_cudagraph_capture_size",
             "max_num_seqs",
@@ -83,6 +90,16 @@ _SHARED = (
             "prefill_context_parallel_size",
             "enable_expert_parallel",
             "enable_batch_sharded_sampling",
+            "async_scheduling",
+            "kv_cache_dtype",
+            "kv_offloading_size",
+            "kv_sharing_fast_prefill",
+            "aux_output_config",
+            "model",
+            "hf_config_path",
+            "revision",
+            "tensor_parallel_size",
+            "data_parallel_size",
         ),
     ),  # fmt: skip
     Hook(
@@ -105,6 +122,30 @@ _SHARED = (
     ),
     Hook("vllm.distributed.parallel_state:get_tp_group", "the ranks that share a target"),
     Hook(
+        "vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod.embedding",
+        "how rows of a quantized embedding are asked for",
+        parameters=("layer", "input_"),
+    ),
+    Hook(
+        "vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod.apply",
+        "how rows of a quantized output head are asked for",
+        parameters=("layer", "x", "bias"),
+    ),
+    Hook(
+        "vllm.sampling_params:SamplingParams._validate_spec_decode",
+        "wrapped: min_p and logit_bias beside our drafts are no error",
+        parameters=("speculative_config",),
+    ),
+    Hook(
+        "vllm.config:SpeculativeConfig.verify_equal_vocab_size_if_draft_model",
+        "wrapped: a target with more tokens than our drafter is none either",
+    ),
+    Hook(
+        "vllm.config:SpeculativeConfig",
+        "whether the drafts are ours",
+        fields=("method", "model"),
+    ),
+    Hook(
         "vllm.distributed.parallel_state:GroupCoordinator.all_gather",
         "the whole embedding on every rank",
         parameters=("input_", "dim"),
@@ -123,6 +164,11 @@ _SHARED = (
         "vllm.distributed.parallel_state:GroupCoordinator.broadcast",
         "the first rank's trees on Model Runner V2",
         parameters=("input_",),
+    ),
+    Hook(
+        "vllm.tokenizers:cached_tokenizer_from_config",
+        "the target's tokenizer, compared with that of the drafter's training",
+        parameters=("model_config",),
     ),
     Hook("vllm.platforms:current_platform.is_cpu", "refuses other platforms"),
     Hook(
@@ -174,13 +220,12 @@ _SHARED = (
             "is_encoder_decoder",
             "uses_mrope",
             "hf_text_config",
-            "get_sliding_window",
             "get_vocab_size",
             "get_head_size",
             "dtype",
             "get_hidden_size",
             "max_model_len",
-            "logits_processors",
+            "attention_chunk_size",
         ),
     ),  # fmt: skip
     Hook(
@@ -189,6 +234,68 @@ _SHARED = (
         attributes=("impl", "kv_cache"),
     ),
     Hook("vllm.platforms:current_platform.is_cuda", "chooses the worker"),
+    Hook(
+        "vllm.platforms:current_platform.get_device_name",
+        "which nodes by batch size are computed for",
+    ),
+    Hook(
+        "vllm.v1.metrics.loggers:StatLoggerManager.__init__",
+        "wrapped: our stat logger stands before vLLM's, in engines with ReDrafter",
+        parameters=("vllm_config",),
+    ),
+    Hook(
+        "vllm.v1.metrics.loggers:StatLoggerManager",
+        "see its constructor",
+        attributes=("stat_loggers", "engine_indexes"),
+    ),
+    Hook(
+        "vllm.v1.metrics.loggers:AggregateStatLoggerBase",
+        "the base class of our stat logger",
+    ),
+    Hook(
+        "vllm.v1.metrics.loggers:StatLoggerBase.record",
+        "overridden: takes our counters out of a step's statistics",
+        parameters=("scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
+    ),
+    Hook(
+        "vllm.v1.metrics.loggers:StatLoggerBase.log_engine_initialized",
+        "overridden: nothing to say",
+    ),
+    Hook(
+        "vllm.v1.metrics.stats:SchedulerStats",
+        "what our counters travel in, from the scheduler to the front end",
+        fields=("ec_connector_stats",),
+    ),
+    Hook(
+        "vllm.distributed.ec_transfer.ec_connector.metrics:ECConnectorStats",
+        "what our counters travel in; the scheduler reads its data",
+        fields=("data",),
+    ),
+    Hook(
+        "vllm.v1.outputs:ECConnectorOutput",
+        "what our counters travel in, from the worker to the scheduler",
+        fields=("ec_connector_stats",),
+    ),
+    Hook(
+        "vllm.v1.outputs:ModelRunnerOutput.with_ec_conn_output",
+        "puts our counters on a step's output",
+        parameters=("output", "ec_connector_output"),
+    ),
+    Hook(
+        "vllm.v1.outputs:AsyncModelRunnerOutput.get_output",
+        "overridden: puts our counters on an output that was still being computed",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu_worker:Worker.execute_model",
+        "extended: sends our counters",
+        parameters=("scheduler_output",),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu_worker:Worker.sample_tokens",
+        "extended: sends our counters",
+        parameters=("grammar_output",),
+    ),
+    Hook("vllm.envs:VLLM_USE_RUST_FRONTEND", "whether the front end could show our counters"),
 )
 
 _V1 = (
@@ -198,6 +305,15 @@ _V1 = (
         parameters=("vllm_config",),
     ),
     Hook("vllm.v1.worker.cpu_worker:CPUWorker.init_device", "overridden: names our runner"),
+    Hook(
+        "vllm.v1.worker.cpu_worker:CPUWorker.compile_or_warm_up_model",
+        "extended: measures costs, for the node budget, when all is loaded",
+    ),
+    Hook(
+        f"{RUNNER}._dummy_run",
+        "passes of the target without requests, to be timed",
+        parameters=("num_tokens",),
+    ),
     Hook("vllm.v1.worker.cpu_worker:CPUModelRunner", "module global replaced during init_device"),
     Hook("vllm.v1.worker.cpu_model_runner:CPUModelRunner", "the base class of our runner"),
     Hook(
@@ -214,6 +330,11 @@ _V1 = (
         f"{RUNNER}._sample",
         "overridden: the walk",
         parameters=("logits", "spec_decode_metadata"),
+    ),
+    Hook(
+        f"{RUNNER}._bookkeeping_sync",
+        "extended: seeded requests whose prompt goes on get their generators back",
+        parameters=("scheduler_output", "sampler_output", "logits"),
     ),
     Hook(
         f"{RUNNER}._update_states_after_model_execute",
@@ -243,7 +364,18 @@ _V1 = (
         "replaced where `vllm-redrafter data --hidden-states` answers: keeps what is sampled from",
         parameters=("grammar_output",),
     ),
-    Hook(RUNNER, "see sample_tokens", attributes=("requests", "input_batch")),
+    Hook(
+        RUNNER,
+        "see sample_tokens; what costs are measured on",
+        attributes=(
+            "requests",
+            "input_batch",
+            "max_num_tokens",
+            "max_num_reqs",
+            "drafter",
+            "discard_request_mask",
+        ),
+    ),
     Hook(
         "vllm.v1.worker.gpu_model_runner:ExecuteModelState",
         "see sample_tokens",
@@ -262,7 +394,13 @@ _V1 = (
             "req_output_token_ids",
             "block_table",
             "num_computed_tokens_cpu",
+            "num_tokens_no_spec",
             "thinking_budget_state_holder",
+            "token_ids_cpu_tensor",
+            "num_reqs",
+            "generators",
+            "logitsprocs",
+            "req_id_to_index",
         ),
     ),
     Hook(
@@ -301,7 +439,36 @@ _V1 = (
             "thinking_budget_state_holder",
         ),
     ),  # fmt: skip
-    Hook("vllm.v1.sample.sampler:Sampler.greedy_sample", "argmax with vLLM's own tie rule"),
+    Hook("vllm.v1.sample.sampler:Sampler.greedy_sample", "argmax; ours has its rule for ties"),
+    Hook(
+        "vllm.v1.core.sched.utils:check_sequence_repetition",
+        "ends a walk where the scheduler ends the request",
+        parameters=("token_ids", "params"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu_model_runner:build_logitsprocs",
+        "module global replaced while our runner is built: the processors of plain vLLM",
+        parameters=("vllm_config", "custom_logitsprocs"),
+    ),
+    Hook(
+        "vllm.v1.sample.logits_processor:BUILTIN_LOGITS_PROCESSORS",
+        "which ones are exact at every node",
+    ),
+    Hook(
+        "vllm.v1.sample.logits_processor:LogitsProcessors",
+        "those without custom ones",
+        attributes=("argmax_invariant", "non_argmax_invariant", "all"),
+    ),
+    Hook(
+        "vllm.v1.sample.logits_processor:LogitBiasLogitsProcessor",
+        "whether the plain argmax will do",
+        attributes=("biases",),
+    ),
+    Hook(
+        "vllm.v1.sample.logits_processor:AdapterLogitsProcessor",
+        "which requests a custom processor is for",
+        attributes=("req_info", "apply"),
+    ),
     Hook(
         "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder",
         "told that there is one row of logits per request",
@@ -353,7 +520,42 @@ _V2 = (
         "module global replaced during init_device",
         parameters=("vllm_config", "device", "req_states"),
     ),
-    Hook(V2_RUNNER, "the counters hang on its model state", attributes=("model_state",)),
+    Hook(
+        V2_RUNNER,
+        "the counters hang on its model state; our LoRA state takes the place of its own",
+        attributes=("model_state", "lora_config", "lora_state", "max_num_reqs"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.lora_utils:LoraState.make_lora_inputs",
+        "extended: an adapter per row of logits",
+        parameters=("req_ids", "idx_mapping", "num_scheduled_tokens"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_states.interface:ModelState.preprocess_state",
+        "extended: rows of logits, before adapters are told of the step",
+        parameters=("input_batch", "block_tables", "kv_cache_config", "num_computed_tokens"),
+    ),
+    Hook("vllm.v1.worker.gpu.sample.bad_words:BadWordsState", "one of vLLM's own processors"),
+    Hook("vllm.v1.worker.gpu.sample.logit_bias:LogitBiasState", "one of vLLM's own processors"),
+    Hook("vllm.v1.worker.gpu.sample.penalties:PenaltiesState", "one of vLLM's own processors"),
+    Hook(
+        "vllm.v1.worker.gpu.sample.logits_processor:LogitsProcessor",
+        "the interface of what watches custom processors",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.sample.logits_processor.interface:LogitsProcessor.add_request",
+        "overridden: which requests a custom processor changes",
+        parameters=("req_idx", "sampling_params"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.sample.logits_processor.interface:LogitsProcessor.apply_staged_writes",
+        "overridden: handed on",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.sample.logits_processor.interface:LogitsProcessor.apply",
+        "overridden: handed on",
+        parameters=("logits", "ctx"),
+    ),
     Hook(
         f"{V2_RUNNER}.sample",
         "calls the model state's rejection sampler with logits, batch, draft logits, invalid ones",
@@ -361,6 +563,25 @@ _V2 = (
     ),
     Hook(f"{V2_RUNNER}.postprocess_sampled", "calls postprocess_state", ("num_sampled",)),
     Hook("vllm.v1.worker.gpu_worker:Worker.init_device", "extended: names our speculator"),
+    Hook(
+        "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model",
+        "extended: forgets what the warm-up counted",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu_worker:Worker.sleep",
+        "extended: refuses to lose the drafter",
+        parameters=("level",),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.warmup:warmup_kernels",
+        "asks the rejection sampler, which is ours, what a RejectionSampler has",
+        parameters=("model_runner", "worker_execute_model", "worker_sample_tokens"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler",
+        "what the tree sampler stands in for",
+        attributes=("enable_adaptive_verification",),
+    ),
     Hook(
         "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator",
         "the base class of our speculator",
@@ -542,9 +763,19 @@ _V2 = (
     Hook(
         "vllm.v1.worker.gpu.sample.sampler:Sampler",
         "how logprobs are taken, and how long prompts are",
-        attributes=("req_states", "logprobs_mode", "compute_nans", "logprob_token_ids_state"),
+        attributes=(
+            "req_states",
+            "logprobs_mode",
+            "compute_nans",
+            "logprob_token_ids_state",
+            "logits_processors",
+        ),
     ),
-    Hook("vllm.v1.worker.gpu.states:RequestState", "see Sampler", attributes=("prefill_len",)),
+    Hook(
+        "vllm.v1.worker.gpu.states:RequestState",
+        "see Sampler; and the texts that the lookup searches",
+        attributes=("prefill_len", "all_token_ids", "total_len"),
+    ),
     Hook(
         "vllm.v1.kv_cache_interface:KVCacheConfig",
         "which layers share block tables",
@@ -656,7 +887,10 @@ def check_hook(hook: Hook) -> str | None:
         found = resolve(hook.where)
     except (ImportError, AttributeError) as error:
         return f"missing ({error})"
-    if hook.parameters:
+    # Another plugin's wrapper may hide the names; it hands on what it was given, as ours does.
+    owner = str(getattr(found, "__module__", "vllm")).partition(".")[0]
+    foreign = owner not in ("vllm", "vllm_redrafter")
+    if hook.parameters and not foreign:
         have = inspect.signature(found).parameters  # type: ignore[arg-type]
         lost = [name for name in hook.parameters if name not in have]
         if lost:

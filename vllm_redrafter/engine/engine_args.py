@@ -10,14 +10,24 @@ with our proposer for Model Runner V1, and for V2 ``draft_model`` with the draft
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_redrafter.drafter.config import MODEL_TYPES, DrafterError, load_config, model_type_of
-from vllm_redrafter.options import METHOD, SCHEDULE, OptionError, check_keys, resolve_options
+from vllm_redrafter.drafter.config import DrafterError, load_config
+from vllm_redrafter.engine import cli_flags
+from vllm_redrafter.engine.served_drafter import asked_by_model, is_drafter, serve_named_target
+from vllm_redrafter.options import (
+    REVISION,
+    SCHEDULE,
+    OptionError,
+    check_keys,
+    is_method,
+    resolve_options,
+)
 
 logger = logging.getLogger("vllm.vllm_redrafter")
 
@@ -35,12 +45,17 @@ _WRAPPED_MARK = "_vllm_redrafter_wrapped"
 
 
 def install() -> None:
-    """Wrap ``EngineArgs.create_engine_config`` once."""
+    """Wrap ``EngineArgs.create_engine_config`` once, whoever else has; and the command line."""
     from vllm.engine.arg_utils import EngineArgs
 
-    original = EngineArgs.create_engine_config
-    if getattr(original, _WRAPPED_MARK, False):
-        return
+    cli_flags.install()
+    original = wrapper = EngineArgs.create_engine_config
+    while wrapper is not None:
+        if getattr(wrapper, _WRAPPED_MARK, False):
+            return
+        # Set by functools.wraps. Behind a wrapper without it we are not seen, and wrap again: the
+        # outer one then leaves nothing to do for the inner.
+        wrapper = getattr(wrapper, "__wrapped__", None)
     wrapped = _wrap(original)
     setattr(wrapped, _WRAPPED_MARK, True)
     EngineArgs.create_engine_config = wrapped  # type: ignore[method-assign]
@@ -53,16 +68,48 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         if asked is None:
             return original(self, *args, **kwargs)
         # Imported only when asked for: it pulls in torch and the drafter.
-        from vllm_redrafter.engine.checks import check_engine_args, check_engine_config
+        from vllm_redrafter.engine.checks import check_engine_args, check_engine_config, wants_v2
+        from vllm_redrafter.engine.inherited_checks import leave_out
+        from vllm_redrafter.engine.node_schedule import with_schedule
+        from vllm_redrafter.engine.prometheus.receiver import METRICS_KEY, listen
 
-        options, drafter = read_options(asked)
-        v2 = check_engine_args(self)
-        rewrite(self, options, v2)
-        config = original(self, *args, **kwargs)
+        v2 = wants_v2()
+        # With LoRA vLLM wants room for all nodes of all requests in a step, as V2 does.
+        options, drafter = read_options(asked, fixed_rows=v2 or bool(self.enable_lora))
+        # The user's object still says what the user said: after a refusal it serves plain vLLM.
+        ours = copy.copy(self)
+        if is_drafter(self.model):
+            serve_named_target(ours, self.model)
+        check_engine_args(ours)
+        if v2:
+            options = with_schedule(ours, options, drafter)
+        # Every process that takes requests makes its configuration here first.
+        leave_out()
+        rewrite(ours, options, v2)
+        # An encoder-cache connector's statistics travel where ours would.
+        if ours.ec_transfer_config is None and listen():
+            ours.additional_config[METRICS_KEY] = True
+        rewritten = dict(vars(ours))
+        config = original(ours, *args, **kwargs)
         check_engine_config(config, options, drafter, v2)
+        _keep_what_vllm_set(self, rewritten, ours)
         return config
 
     return create_engine_config
+
+
+def _keep_what_vllm_set(engine_args: Any, before: Mapping[str, Any], after: Any) -> None:
+    """What vLLM itself sets in an ``EngineArgs``, as sizes that were left to it, callers may read.
+
+    Args:
+        before: fields of ``after``, a rewritten copy of ``engine_args``, before vLLM ran.
+    """
+    missing = object()
+    for name, value in vars(after).items():
+        old = before.get(name, missing)
+        # What we rewrote is no longer the user's, and stays in the copy.
+        if value is not old and getattr(engine_args, name, missing) is old:
+            setattr(engine_args, name, value)
 
 
 def asked_for_redrafter(engine_args: Any) -> dict[str, Any] | None:
@@ -83,17 +130,20 @@ def asked_for_redrafter(engine_args: Any) -> dict[str, Any] | None:
                 given_twice = f"{field} and speculative_config's {key!r}"
             config.setdefault(key, value)
     method, model = config.get("method"), config.get("model")
-    if method != METHOD and (
-        method is not None or not model or model_type_of(str(model)) not in MODEL_TYPES
-    ):
+    if (by_model := asked_by_model(engine_args.model, config)) is not None:
+        config = by_model
+    elif not is_method(method) and (method is not None or not is_drafter(model)):
         return None
     if given_twice:
         raise OptionError(f"{given_twice} say the same thing; give only one of them.")
     return config
 
 
-def read_options(asked: dict[str, Any]) -> tuple[Any, Any]:
+def read_options(asked: dict[str, Any], *, fixed_rows: bool = False) -> tuple[Any, Any]:
     """Options and drafter config of what the user asked for.
+
+    Args:
+        fixed_rows: see ``resolve_options``.
 
     Raises:
         OptionError, DrafterError: see there.
@@ -103,22 +153,30 @@ def read_options(asked: dict[str, Any]) -> tuple[Any, Any]:
         raise OptionError(
             "speculative_config with method 'redrafter' needs 'model', the drafter's directory."
         )
-    directory = locate(str(asked["model"]))
+    directory = locate(str(asked["model"]), asked.get(REVISION))
     drafter = load_config(directory)
-    options = resolve_options({**asked, "model": directory}, drafter)
+    options = resolve_options({**asked, "model": directory}, drafter, fixed_rows=fixed_rows)
     wanted = asked.get("num_speculative_tokens")
     if wanted is not None and wanted > options.num_speculative_tokens:
         logger.warning(
-            "num_speculative_tokens is %d, but beam_width %d x draft_length %d gives at most %d "
-            "nodes; using %d.",
+            "num_speculative_tokens is %d, but beam_width %d x draft_length %d and the lookup give "
+            "at most %d nodes; using that many.",
             wanted, options.beam_width, options.draft_length, options.num_speculative_tokens,
-            options.num_speculative_tokens,
         )  # fmt: skip
     return options, drafter
 
 
-def locate(model: str) -> str:
-    """A local drafter directory: ``model`` itself, or a download of the hub repository so named."""
+def locate(model: str, revision: str | None = None) -> str:
+    """A local drafter directory: ``model`` itself, or a download of the hub repository so named.
+
+    Args:
+        revision: branch, tag or commit on the hub; of no matter for a directory.
+    """
+    if revision is not None and (not isinstance(revision, str) or not revision):
+        raise OptionError(
+            f"revision is {revision!r} in speculative_config; it must be a branch, a tag or a "
+            "commit of the drafter's repository on the hub."
+        )
     if Path(model).is_dir():
         return str(Path(model).resolve())
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -126,12 +184,16 @@ def locate(model: str) -> str:
     try:
         from huggingface_hub import snapshot_download
 
-        return snapshot_download(model, allow_patterns=["*.json", "*.safetensors"])
+        return snapshot_download(
+            model, revision=revision, allow_patterns=["*.json", "*.safetensors"]
+        )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        at = f" at revision '{revision}'" if revision else ""
         raise DrafterError(
-            f"The drafter '{model}' is no local directory and could not be downloaded ({reason}); "
-            "give the path of a directory that holds config.json and model.safetensors."
+            f"The drafter '{model}'{at} is no local directory and could not be downloaded "
+            f"({reason}); give the path of a directory that holds config.json and "
+            "model.safetensors."
         ) from error
 
 
@@ -139,6 +201,7 @@ def rewrite(engine_args: Any, options: Any, v2: bool = False) -> None:
     """Put the options where vLLM carries them; touches public fields only.
 
     Args:
+        engine_args: is changed; what it holds, such as a dictionary of the user's, is not.
         v2: for Model Runner V2.
     """
     engine_args.speculative_config = {
@@ -191,7 +254,8 @@ def _choose_graphs(engine_args: Any, options: Any) -> None:
     from vllm_redrafter.engine.capture_sizes import capture_sizes
     from vllm_redrafter.ops.library import has_kernel
 
-    compilation = engine_args.compilation_config
+    # Not the user's object, of which this is a part.
+    compilation = engine_args.compilation_config = copy.deepcopy(engine_args.compilation_config)
     if compilation.cudagraph_mode is None and not has_kernel(torch.device("cuda")):
         # The PyTorch twins read the device, which no capture allows. Between piecewise graphs
         # attention runs eagerly.

@@ -15,12 +15,20 @@ import torch
 from torch import Tensor
 
 from vllm_redrafter.drafter.config import DrafterError
+from vllm_redrafter.engine.quantized_tables import embedding_rows, head_rows, is_plain
 
 
-def target_tables(target: torch.nn.Module) -> tuple[Tensor, Tensor | ShardedTable]:
+def target_tables(
+    target: torch.nn.Module, *, head: bool = True
+) -> tuple[Tensor, Tensor | ShardedTable | None]:
     """The target's input embedding and output head weights, ``[rows, hidden]`` each.
 
+    Quantized ones are dequantized: the embedding here, once; of the head the rows that are read.
+
     With tensor parallelism all ranks must call this together, and index the head alike.
+
+    Args:
+        head: False for a drafter with an output head of its own; None is returned then.
 
     Raises:
         DrafterError: a target whose tables are not where a decoder-only vLLM model has them.
@@ -36,41 +44,41 @@ def target_tables(target: torch.nn.Module) -> tuple[Tensor, Tensor | ShardedTabl
         if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
     ]
     heads = [module for module in target.modules() if isinstance(module, ParallelLMHead)]
-    name = type(target).__name__
     if not embeddings:
+        name = type(target).__name__
         raise DrafterError(f"{name} has no input embedding that ReDrafter can read.")
-    # A tied head is the embedding itself.
-    modules = embeddings[0], (heads or embeddings)[0]
-    for module in modules:
-        table = module.weight
-        if table.dim() != 2 or not table.is_floating_point():
-            raise DrafterError(
-                f"{name} keeps its embedding or output head as {table.dtype}; ReDrafter needs "
-                "them unquantized."
-            )
-    embedding, head = modules
+    embedding = embeddings[0]
     whole = whole_table(embedding)
-    if head.weight is embedding.weight:
+    if not head:
+        return whole, None
+    # A tied head is the embedding itself.
+    output = (heads or embeddings)[0]
+    plain = is_plain(output)
+    if output is embedding or (plain and output.weight is embedding.weight):
         return whole, whole
-    return whole, ShardedTable(head) if head.tp_size > 1 else head.weight
+    return whole, output.weight if plain and output.tp_size == 1 else ShardedTable(output)
 
 
 def whole_table(module: Any) -> Tensor:
     """All rows of a vocabulary-parallel table, ``[>= vocab_size, hidden]``, row i for token i.
 
     Args:
-        module: a ``VocabParallelEmbedding``. Held by one rank, its own weight is returned;
-            otherwise a copy without the padding, and all ranks must call together.
+        module: a ``VocabParallelEmbedding``. Held by one rank and not quantized, its own weight is
+            returned; otherwise a copy without the padding, and all ranks must call together.
     """
+    plain = is_plain(module)
     if module.tp_size == 1:
-        return module.weight
+        return module.weight if plain else embedding_rows(module, module.org_vocab_size)
     # Rows of LoRA's added tokens lie behind a rank's share of the vocabulary.
-    share = module.weight[: module.shard_indices.num_org_elements_padded]
+    mine = module.shard_indices.num_org_elements_padded
+    share = module.weight[:mine] if plain else embedding_rows(module, mine)
     return _group(module).all_gather(share, dim=0)[: module.org_vocab_size]
 
 
 class ShardedTable:
-    """A table whose rows lie on several ranks; indexing fetches rows, on all ranks together.
+    """A table that is quantized, or whose rows lie on several ranks; indexing fetches rows.
+
+    With tensor parallelism all ranks must index it together, and alike.
 
     Args:
         module: a ``VocabParallelEmbedding`` or ``ParallelLMHead``.
@@ -80,8 +88,9 @@ class ShardedTable:
     """
 
     def __init__(self, module: Any) -> None:
-        self._module = module
-        self.shape = (module.org_vocab_size, module.weight.shape[1])
+        self._module, self._plain = module, is_plain(module)
+        width = module.weight.shape[1] if self._plain else module.embedding_dim
+        self.shape = (module.org_vocab_size, width)
 
     def __getitem__(self, ids: Tensor | slice) -> Tensor:
         """``[n, hidden]``, the rows of these tokens.
@@ -89,19 +98,28 @@ class ShardedTable:
         Args:
             ids: ``[n]`` int64, or a slice of the vocabulary.
         """
-        module, weight = self._module, self._module.weight
+        module = self._module
         if isinstance(ids, slice):
             ids = torch.arange(self.shape[0])[ids]
-        ids = ids.to(weight.device)
         first, end = (
             module.shard_indices.org_vocab_start_index,
             module.shard_indices.org_vocab_end_index,
         )
-        rows = weight.new_zeros(len(ids), self.shape[1])
         mine = ((ids >= first) & (ids < end)).nonzero().flatten()
-        rows[mine] = weight[ids[mine] - first]
+        found = self._rows(ids[mine] - first)
+        if module.tp_size == 1:
+            return found
+        mine = mine.to(found.device)
+        rows = found.new_zeros(len(ids), self.shape[1]).index_copy_(0, mine, found)
         # Every row has one owner, and the others add zeros: exact in any dtype.
         return _group(module).all_reduce(rows)
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        """``[n, hidden]``, of this rank's share."""
+        if not self._plain:
+            return head_rows(self._module, rows)
+        weight = self._module.weight
+        return weight[rows.to(weight.device)]
 
 
 def _group(module: Any) -> Any:

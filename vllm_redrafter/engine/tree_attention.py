@@ -28,6 +28,8 @@ def with_trees(stock: type, split: Callable[[Tensor], tuple[Tensor, Tensor]]) ->
         split_cache = staticmethod(split)
         # key_map and value_map of ``ops.tree_attention``.
         redrafter_maps: tuple[Tensor | None, Tensor | None]
+        # How many positions the layer looks back on, its own included; 0 for all.
+        redrafter_window: int
 
         def forward(
             self,
@@ -48,21 +50,29 @@ def with_trees(stock: type, split: Callable[[Tensor], tuple[Tensor, Tensor]]) ->
                     output_scale, output_block_scale,
                 )  # fmt: skip
             if step is not None:
-                key_cache, value_cache = self.split_cache(kv_cache)
-                attend(
-                    step,
-                    query,
-                    output.view(output.shape[0], self.num_heads, self.head_size),
-                    key_cache,
-                    value_cache,
-                    attn_metadata.block_table,
-                    self.scale,
-                    self.logits_soft_cap,
-                    *self.redrafter_maps,
-                )
+                rows = output.view(output.shape[0], self.num_heads, self.head_size)
+                self.attend_trees(step, query, rows, kv_cache, attn_metadata.block_table)
             return output
 
+        def attend_trees(
+            self, step: TreeStep, query: Tensor, rows: Tensor, kv_cache: Tensor, table: Tensor
+        ) -> None:
+            """Our rows of one layer, written into ``rows``."""
+            attend(
+                step, query, rows, *self.split_cache(kv_cache), table, self.scale,
+                self.logits_soft_cap, *self.redrafter_maps, self.redrafter_window,
+                getattr(self, "sinks", None),
+            )  # fmt: skip
+
     return TreeAttention
+
+
+def window_of(impl: Any) -> int:
+    """What an implementation of vLLM's looks back on, its own position included; 0 for all."""
+    given = getattr(impl, "sliding_window", None)
+    # FlashAttention's is how many keys it sees to the left and to the right.
+    left = given[0] + 1 if isinstance(given, tuple) else given
+    return left if left is not None and left > 0 else 0
 
 
 def take_over(
@@ -81,6 +91,7 @@ def take_over(
     for layer in members.values():
         layer.impl.__class__ = attention
         layer.impl.redrafter_maps = key_map, value_map
+        layer.impl.redrafter_window = window_of(layer.impl)
     # Layers that share a cache must have it moved once.
     caches = {layer.kv_cache.data_ptr(): layer.kv_cache for layer in members.values()}
     halves = [attention.split_cache(cache) for cache in caches.values()]

@@ -46,6 +46,8 @@ def attend(
     soft_cap: float | None,
     key_map: Tensor | None = None,
     value_map: Tensor | None = None,
+    window: int = 0,
+    sinks: Tensor | None = None,
 ) -> None:
     """Compute the rows of trees of a step, into ``output``.
 
@@ -53,7 +55,9 @@ def attend(
         step: which rows.
         query, output: ``[rows, heads, head_dim]``, of all rows of the step.
         soft_cap: of the logits; None or 0 for none.
-        key_cache, value_cache, block_table, scale, key_map, value_map: see ``ops.tree_attention``.
+        sinks: ``[heads]`` of any floating type, or None.
+        key_cache, value_cache, block_table, scale, key_map, value_map, window: see
+            ``ops.tree_attention``.
     """
     # No rows behind the last tree: the operator's scratch memory grows with them.
     rows = step.masks.shape[0]
@@ -72,4 +76,6 @@ def attend(
         step.masks,
         scale,
         float(soft_cap or 0.0),
+        window,
+        None if sinks is None else sinks.detach().float(),
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From hidden states and known tokens to the trees of the next step."""
+"""The drafter, as vLLM builds it for Model Runner V1."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from vllm_redrafter.drafter.beam_search import Beams
 from vllm_redrafter.drafter.checkpoint import load_drafter
+from vllm_redrafter.drafter.config import load_config
 from vllm_redrafter.engine.engine_args import options_of
+from vllm_redrafter.engine.target_check import check_tables
 from vllm_redrafter.engine.target_tables import target_tables
-from vllm_redrafter.engine.v1.request_tree import RequestTree
-from vllm_redrafter.ops.build_tree import build_tree
 from vllm_redrafter.ops.draft import CompiledDraft
 from vllm_redrafter.options import ReDrafterOptions
 
@@ -29,8 +29,12 @@ class ReDrafterProposer:
     def load_model(self, target: torch.nn.Module) -> None:
         """Load the drafter and bind it to the loaded target's tables."""
         options = self.options
-        embedding, lm_head = target_tables(target)
+        config = load_config(options.model)
+        # Also looked at where only the fingerprint is compared with it.
+        head = config.shared_head or config.target is not None
+        embedding, lm_head = target_tables(target, head=head)
         drafter = load_drafter(options.model, embedding=embedding, lm_head=lm_head)
+        check_tables(drafter.config.target, options, embedding, lm_head)
         self._draft = CompiledDraft(
             drafter,
             beam_width=options.beam_width,
@@ -43,26 +47,12 @@ class ReDrafterProposer:
         """vLLM demands this name; its arguments lack the hidden states, so it drafts nothing."""
         raise RuntimeError("ReDrafter drafts through its own runner; this call is a bug.")
 
-    def draft(self, context: Tensor, tokens: Sequence[int]) -> Beams:
+    def draft(self, context: Tensor, tokens: Sequence[int], shape: tuple[int, int]) -> Beams:
         """Draft for a batch.
 
         Args:
             context: ``[B, H]``, hidden states that predicted ``tokens``.
             tokens: B known tokens.
+            shape: beam width and draft length, at most those of the options.
         """
-        return self._draft(context, torch.tensor(tokens, dtype=torch.int64))
-
-    def trees(self, beams: Beams) -> list[RequestTree]:
-        """One tree per request, by the rule and node count of the options."""
-        tree, masks = build_tree(beams, self.options.tree, self.options.num_speculative_tokens)
-        return [
-            RequestTree(tokens[1:count], parents[1:count], depths[1:count], mask[:count])
-            for count, tokens, parents, depths, mask in zip(
-                tree.num_nodes.tolist(),
-                tree.tokens.tolist(),
-                tree.parents.tolist(),
-                tree.depths.numpy(),
-                masks.numpy(),
-                strict=True,
-            )
-        ]
+        return self._draft(context, torch.tensor(tokens, dtype=torch.int64), *shape)

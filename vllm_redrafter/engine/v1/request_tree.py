@@ -17,12 +17,16 @@ class RequestTree:
         parents: parent node of node i + 1 (0 is the root).
         depths: int64 ``[n]``, depth of node i + 1.
         masks: int64 ``[n + 1, words]``, ancestor-or-self bits of every node, the root first.
+        probabilities: float32 ``[n]``, of node i + 1 to be accepted; None where nobody said.
+        sources: int64 ``[n]``, who drafted node i + 1 (``tree.candidates``); None as above.
     """
 
     tokens: list[int]
     parents: list[int]
     depths: np.ndarray
     masks: np.ndarray
+    probabilities: np.ndarray | None = None
+    sources: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -44,7 +48,12 @@ class RequestTree:
         if count >= len(self.tokens):
             return self
         return RequestTree(
-            self.tokens[:count], self.parents[:count], self.depths[:count], self.masks[: count + 1]
+            self.tokens[:count],
+            self.parents[:count],
+            self.depths[:count],
+            self.masks[: count + 1],
+            None if self.probabilities is None else self.probabilities[:count],
+            None if self.sources is None else self.sources[:count],
         )
 
     def child(self, node: int, token: int) -> int | None:
@@ -81,3 +90,7 @@ def chain(tokens: list[int]) -> RequestTree:
         depths=np.arange(1, count + 1),
         masks=chain_masks(count + 1),
     )
+
+
+# Nothing drafted: the root alone.
+NOTHING = chain([])

@@ -16,13 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_redrafter.engine.v1.logits_processors import without_custom
 from vllm_redrafter.engine.v1.request_tree import RequestTree
+from vllm_redrafter.ops.argmax_rows import argmax_rows
 
 # What RejectionSampler.parse_output of vLLM drops.
 PLACEHOLDER = -1
 
 # (batch rows that still walk, their logits rows) -> the target's token for each of them.
 Draw = Callable[[list[int], list[int]], list[int]]
+
+# (batch row, its tokens so far) -> whether the request ends with the last of them.
+Ends = Callable[[int, list[int]], bool]
 
 
 @dataclass
@@ -37,6 +42,11 @@ class BatchWalk:
     tokens: list[list[int]]
     paths: list[list[int]]
 
+    @classmethod
+    def nowhere(cls, batch: int) -> BatchWalk:
+        """Of requests without trees, whose tokens somebody else draws."""
+        return cls([[] for _ in range(batch)], [[] for _ in range(batch)])
+
     def padded_tokens(self) -> Tensor:
         """``[B, deepest]`` int32, padded with PLACEHOLDER."""
         width = max(len(row) for row in self.tokens)
@@ -45,7 +55,10 @@ class BatchWalk:
 
 
 def walk_trees(
-    trees: Sequence[RequestTree | None], first_row: Sequence[int], draw: Draw
+    trees: Sequence[RequestTree | None],
+    first_row: Sequence[int],
+    draw: Draw,
+    ends: Ends = lambda i, said: False,
 ) -> BatchWalk:
     """Walk all requests together, one draw per depth.
 
@@ -53,6 +66,7 @@ def walk_trees(
         trees: one per request, None where nothing was drafted.
         first_row: logits row of each request's root; node k is k rows behind it.
         draw: the target's tokens; only rows on a path are ever asked for.
+        ends: a token with which a request ends is emitted, but its node is not accepted.
     """
     batch = len(trees)
     walk = BatchWalk([[] for _ in range(batch)], [[] for _ in range(batch)])
@@ -65,7 +79,7 @@ def walk_trees(
             walk.tokens[i].append(token)
             tree = trees[i]
             child = tree.child(nodes[i], token) if tree is not None else None
-            if child is not None:
+            if child is not None and not ends(i, walk.tokens[i]):
                 walk.paths[i].append(child)
                 nodes[i] = child
                 still_walking.append(i)
@@ -74,20 +88,18 @@ def walk_trees(
 
 
 class GreedyDraw:
-    """The plain argmax of every row, with vLLM's own kernel and so its own rule for ties.
+    """The plain argmax of every row: what vLLM's sampler takes, ties included.
 
     Args:
         logits: ``[rows, vocab]``.
-        sampler: vLLM's ``Sampler``.
     """
 
-    def __init__(self, logits: Tensor, sampler: Any) -> None:
+    def __init__(self, logits: Tensor) -> None:
         self._logits = logits
-        self._sampler = sampler
 
     def __call__(self, walking: list[int], rows: list[int]) -> list[int]:
-        picked = self._logits[rows].to(torch.float32)
-        return self._sampler.greedy_sample(picked).tolist()
+        wanted = torch.tensor(rows, dtype=torch.int64, device=self._logits.device)
+        return argmax_rows(self._logits, wanted).tolist()
 
 
 class SampledDraw:
@@ -114,6 +126,8 @@ class SampledDraw:
         self._sampler = sampler
         # Its drafts are lists, not trees; what is drawn here is one token behind the outputs.
         self._metadata = replace(metadata, spec_token_ids=None)
+        # Behind the first draw: requests that custom ones may change do not walk.
+        self._processors = without_custom(metadata.logitsprocs)
         self._outputs = output_token_ids
         self._lengths = [len(ids) for ids in output_token_ids]
         self._rows: list[int] = []
@@ -148,7 +162,7 @@ class SampledDraw:
         """Requests that walk on accepted their last token: processors must count it."""
         for i in walking:
             self._outputs[i].append(self._last[i])
-        for processor in self._metadata.logitsprocs.non_argmax_invariant:
+        for processor in self._processors.non_argmax_invariant:
             processor.update_state(None)
 
     def _restricted(self, walking: list[int]) -> Any:
@@ -161,6 +175,7 @@ class SampledDraw:
         return replace(
             self._metadata,
             generators={i: generators[i] for i in walking if i in generators},
+            logitsprocs=self._processors,
             # Requests with a thinking budget get no draft and so never walk this far.
             thinking_budget_state_holder=None,
         )

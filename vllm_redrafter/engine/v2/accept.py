@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vllm_redrafter.engine.v2.tree_store import TreeStore
 from vllm_redrafter.ops.walk import walk
@@ -25,7 +26,7 @@ class Accepted:
     """Of B requests.
 
     Attributes:
-        walk: the accepted paths, N columns.
+        walk: the accepted paths, D columns, the deepest node that a tree can have.
         emitted: ``[B, N + 1]`` int64, the tokens that are said; 0 behind the last.
         num_nodes: ``[B]`` int64, nodes that were verified, counting the root.
     """
@@ -53,9 +54,12 @@ def accept(
     at = (first[:, None] + trees.columns).clamp_(max=drawn.shape[0] - 1)
     tree = Tree(tokens[at].long(), trees.parents[slots], trees.depths[slots], num_nodes)
     drawn = drawn[at]
-    found = walk(tree, drawn, max_depth=trees.nodes)
-    emitted = drawn.gather(1, path_nodes(found))
-    emitted = torch.where(trees.columns <= found.num_accepted[:, None], emitted, 0)
+    found = walk(tree, drawn, max_depth=trees.depth)
+    said = drawn.gather(1, path_nodes(found))
+    found = trees.endings.cut(slots, found, said)
+    said = torch.where(trees.columns[: trees.depth + 1] <= found.num_accepted[:, None], said, 0)
+    # vLLM wants a column per row of the widest tree.
+    emitted = pad(said, (0, trees.nodes - trees.depth))
     return Accepted(found, emitted, num_nodes)
 
 

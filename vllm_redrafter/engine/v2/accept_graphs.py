@@ -40,6 +40,7 @@ class AcceptBuffers:
     Args:
         requests: R.
         nodes: N.
+        depth: D, the deepest node that a tree can have.
         groups: KV cache groups.
         device: where.
 
@@ -47,7 +48,9 @@ class AcceptBuffers:
         drawn: ``[R * (N + 1)]`` int64, the target's token at every row; whoever draws writes here.
     """
 
-    def __init__(self, requests: int, nodes: int, groups: int, device: torch.device) -> None:
+    def __init__(
+        self, requests: int, nodes: int, depth: int, groups: int, device: torch.device
+    ) -> None:
         rows = requests * (nodes + 1)
 
         def zeros(*shape: int) -> Tensor:
@@ -56,7 +59,7 @@ class AcceptBuffers:
         self.slots, self.ends = zeros(requests), zeros(requests + 1)
         self.tokens, self.drawn = zeros(2, rows)
         self.row_slots = zeros(groups, rows)
-        self.path, self.emitted = zeros(requests, nodes), zeros(requests, nodes + 1)
+        self.path, self.emitted = zeros(requests, depth), zeros(requests, nodes + 1)
         self.num_accepted, self.last_node, self.next_token, self.num_nodes = zeros(4, requests)
 
     def clear(self) -> None:
@@ -92,6 +95,7 @@ class AcceptBuffers:
         for mover, source, target in zip(movers, sources, targets, strict=True):
             mover(source, target)
         stats.observe(found.num_nodes > 1, found.num_nodes, found.walk.num_accepted)
+        stats.observe_sources(trees.sources[slots], found.num_nodes, found.walk.path)
         stats.observe_moves(moved)
         for name in WALK_FIELDS:
             getattr(self, name)[:requests].copy_(getattr(found.walk, name))

@@ -28,10 +28,13 @@ def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
 
 TreeFlashAttentionImpl = tree_attention.with_trees(FlashAttentionImpl, split_cache)
 
+# kMaxDim of csrc/cuda/tree_attention_kernel.cuh.
+MOST_HEAD_SIZE = 256
+
 ADOPTABLE = (FlashAttentionImpl, TreeFlashAttentionImpl)
 
 
 def take_over(members: dict[str, Any]) -> MoveKV:
     """See ``vllm_redrafter.engine.v2.attention.take_over``."""
-    check_layers(members, ADOPTABLE)
+    check_layers(members, ADOPTABLE, MOST_HEAD_SIZE)
     return tree_attention.take_over(members, TreeFlashAttentionImpl)

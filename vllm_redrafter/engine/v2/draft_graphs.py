@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from vllm_redrafter.engine.v2.request_graphs import RequestGraphs
+from vllm_redrafter.engine.v2.tree_store import Drafted
 from vllm_redrafter.tree.tree import Tree, mask_words
 
-# (context [B, H], known tokens [B] int64) -> trees of N + 1 columns, and their masks.
-DraftTrees = Callable[[Tensor, Tensor], tuple[Tree, Tensor]]
+# (context [B, H], known tokens, request slots, nodes per request, [B] int64 each) -> trees.
+DraftTrees = Callable[[Tensor, Tensor, Tensor, Tensor], Drafted]
 
 
 class DraftBuffers:
@@ -39,21 +40,25 @@ class DraftBuffers:
     ) -> None:
         columns = nodes + 1
         self.context = torch.zeros(slots, hidden_size, dtype=dtype, device=device)
-        self.known, self.num_nodes = torch.zeros(2, slots, dtype=torch.int64, device=device)
-        self.tokens, self.parents, self.depths = torch.zeros(
-            3, slots, columns, dtype=torch.int64, device=device
+        self.known, self.slots, self.counts, self.num_nodes = torch.zeros(
+            4, slots, dtype=torch.int64, device=device
+        )
+        self.tokens, self.parents, self.depths, self.sources = torch.zeros(
+            4, slots, columns, dtype=torch.int64, device=device
         )
         words = mask_words(columns)
         self.masks = torch.zeros(slots, columns, words, dtype=torch.int64, device=device)
 
     def run(self, draft: DraftTrees, requests: int) -> None:
         """Draft for the first requests: from buffers, to buffers."""
-        tree, masks = draft(self.context[:requests], self.known[:requests])
+        given = (self.context, self.known, self.slots, self.counts)
+        tree, masks, sources = draft(*(part[:requests] for part in given))
         for name in ("tokens", "parents", "depths", "num_nodes"):
             getattr(self, name)[:requests].copy_(getattr(tree, name))
         self.masks[:requests].copy_(masks)
+        self.sources[:requests].copy_(sources)
 
-    def result(self, requests: int) -> tuple[Tree, Tensor]:
+    def result(self, requests: int) -> Drafted:
         """What is valid until the next draft."""
         tree = Tree(
             tokens=self.tokens[:requests],
@@ -61,7 +66,7 @@ class DraftBuffers:
             depths=self.depths[:requests],
             num_nodes=self.num_nodes[:requests],
         )
-        return tree, self.masks[:requests]
+        return Drafted(tree, self.masks[:requests], self.sources[:requests])
 
 
 class DraftGraphs(RequestGraphs):
@@ -84,19 +89,23 @@ class DraftGraphs(RequestGraphs):
         self.draft = draft
         self.buffers = buffers
 
-    def __call__(self, context: Tensor, known: Tensor) -> tuple[Tree, Tensor]:
+    def __call__(self, context: Tensor, known: Tensor, slots: Tensor, counts: Tensor) -> Drafted:
         """As ``draft``; a result is overwritten by the next call.
 
         Args:
             context: ``[B, H]``.
             known: ``[B]`` int64.
+            slots: ``[B]`` integers.
+            counts: ``[B]`` int64.
         """
         requests = known.shape[0]
         desc = self.find(requests)
         if desc is None:
-            return self.draft(context, known)
+            return self.draft(context, known, slots, counts)
         # Requests that fill up the graph's number keep what earlier ones left: nobody looks.
         self.buffers.context[:requests].copy_(context)
         self.buffers.known[:requests].copy_(known)
+        self.buffers.slots[:requests].copy_(slots)
+        self.buffers.counts[:requests].copy_(counts)
         self.run_fullgraph(desc)
         return self.buffers.result(requests)

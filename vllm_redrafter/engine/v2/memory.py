@@ -12,11 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_redrafter.drafter.config import DrafterConfig
+from vllm_redrafter.engine.v2.endings import MOST_STOP_TOKENS
+from vllm_redrafter.lookup.sizes import MAX_CHAINS
 from vllm_redrafter.options import ReDrafterOptions
 from vllm_redrafter.tree.tree import mask_words
 
 # csrc/cuda: logits of a block of beam_step's scan; query rows of a block of tree_attention.
-SCAN_CHUNK = 1024
+SCAN_CHUNK = 512
 ATTENTION_ROWS = 64
 
 # What vLLM's sampler holds at once as float32 (spec_decode/rejection_sampler.py).
@@ -76,7 +78,7 @@ def extra_memory(
     """The bytes of ``ExtraMemory`` on CUDA, where the draft is the compiled one.
 
     Args:
-        options: N, W, L, the top k and the schedule.
+        options: N, W, L, the top k, the lookup and the schedule.
         drafter: H, the width E behind the input projection, and V', the rows of its head.
         max_num_seqs, max_num_batched_tokens: vLLM's.
         vocab_size: V, the columns of the target's logits.
@@ -100,16 +102,20 @@ def extra_memory(
 
 
 def _buffers(options: ReDrafterOptions, slots: int, max_rows: int) -> int:
-    nodes = options.num_speculative_tokens
+    nodes, depth = options.num_speculative_tokens, options.max_depth
     rows, words = nodes + 1, mask_words(nodes + 1)
-    trees = slots * (rows * (2 + words) + 2) * 8 + rows * (words + 1) * 8
-    # Known token and node count, tokens, parents, depths and masks, for graphs of the draft.
-    draft = slots * (2 + rows * (3 + words)) * 8
+    trees = slots * (rows * (3 + words) + 2) * 8 + rows * (words + 1) * 8
+    # Stop tokens and the longest text, per request; lengths until vLLM's are there.
+    trees += slots * ((MOST_STOP_TOKENS + 1) * 8 + 4)
+    # Known token, slot, nodes asked for and found; tokens, parents, depths, sources and masks: for
+    # graphs of the draft.
+    draft = slots * (4 + rows * (4 + words)) * 8
     # Slots, ends and results per request, paths; tokens, draws, KV slots, emitted tokens per row.
     # For one KV cache group, which targets with one kind of layer have.
-    accept = (slots * (6 + nodes) + 1 + slots * rows * 4) * 8
+    accept = (slots * (6 + depth) + 1 + slots * rows * 4) * 8
     step = slots * (2 + 2 * len(set(options.tree_rows(slots)))) * 4 + max_rows * words * 8
-    stats = (rows + 3) * 8
+    # By depth; nodes, moves, replaced trees, bad ones; nodes and accepted ones by source.
+    stats = (1 + depth + 4 + 2 * 4) * 8
     positions = max_rows * 8
     # Of vLLM's class for draft models, which ours extends.
     vllm_inputs = max_rows * (4 + 8 + 1) + (3 * slots + 1) * 4
@@ -118,10 +124,10 @@ def _buffers(options: ReDrafterOptions, slots: int, max_rows: int) -> int:
 
 
 def draft_bytes(options: ReDrafterOptions, drafter: DrafterConfig, batch: int, element: int) -> int:
-    """What one draft allocates on CUDA: ``ops.draft.CompiledDraft`` and the trees from it.
+    """What one draft allocates on CUDA: ``ops.draft.CompiledDraft`` and the trees of it.
 
     Args:
-        options: N, W, L and the top k.
+        options: N, W, L, the top k and the lookup.
         drafter: the shapes.
         batch: B, requests.
         element: bytes of one element of the drafter's weights.
@@ -133,10 +139,23 @@ def draft_bytes(options: ReDrafterOptions, drafter: DrafterConfig, batch: int, e
     per_row = (5 if drafter.rnn else 2) * hidden + (2 if split else 1) * exit_dim + vocab
     per_request = hidden + (exit_dim if split else 0)
     activations = element * (rows * per_row + batch * per_request) + batch * width * 4
-    kept = max(width, min(options.top_k, vocab))
+    # One more than the top k tells whether a tie goes on behind them.
+    kept = max(width, min(options.top_k + 1, vocab) if options.top_k else 0)
     selection = rows * -(-vocab // SCAN_CHUNK) * (kept + 1) * 8
     beams = batch * length * width * (8 + 8 + 4)
-    columns = options.num_speculative_tokens + 1
-    words = mask_words(columns)
-    trees = batch * (columns * (3 + words) + 1) * 8
-    return beams + max(activations + selection, trees)
+    return beams + max(activations + selection, _trees_bytes(options, batch))
+
+
+def _trees_bytes(options: ReDrafterOptions, batch: int) -> int:
+    """What is made of the beams: trees, and before them the lookup's chains and all candidates."""
+    nodes = options.num_speculative_tokens
+    columns = nodes + 1
+    trees = (columns * (3 + mask_words(columns)) + 1) * 8
+    # Sources of the nodes, and how many nodes are asked for.
+    trees += (columns + 1) * 8
+    if not options.prompt_lookup:
+        return batch * trees
+    depth = min(options.prompt_lookup_num_tokens, nodes)
+    chains = MAX_CHAINS * (depth * (8 + 4) + 8) + 3 * 4
+    candidates = nodes * (4 * 8 + 4) + 8
+    return batch * (trees + columns * 8 + chains + candidates)

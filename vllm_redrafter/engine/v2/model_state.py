@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hooks of Model Runner V2 around the target's forward pass.
 
-In the runner's order: ``add_request``; then each step ``prepare_attn`` (which rows hold trees),
-``prepare_inputs`` (positions by depth), the forward pass, ``TreeSampler``, and
-``postprocess_state`` (the accepted path's KV moves behind its root, where no CUDA graph has moved
-it with the walk). None reads the device.
+In the runner's order: ``add_request``; then each step ``preprocess_state`` (rows of logits),
+``prepare_attn`` (which rows hold trees), ``prepare_inputs`` (positions by depth), the forward pass,
+``TreeSampler``, and ``postprocess_state`` (the accepted path's KV moves behind its root, where no
+CUDA graph has moved it with the walk). None reads the device.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import CUDAGraphMode
@@ -19,14 +20,17 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_redrafter.engine.checks import UnsupportedError
 from vllm_redrafter.engine.engine_args import options_of
+from vllm_redrafter.engine.thorough import checked_move, thorough
 from vllm_redrafter.engine.tree_step import STEP_ATTRIBUTE, TreeStep
 from vllm_redrafter.engine.v2.accept import kv_moves
 from vllm_redrafter.engine.v2.attention import take_over
-from vllm_redrafter.engine.v2.fallback import shape_of_request
+from vllm_redrafter.engine.v2.fallback import shape_of_request, stop_tokens
+from vllm_redrafter.engine.v2.logits_processors import REASON, watch_custom
 from vllm_redrafter.engine.v2.sampler import Step, TreeSampler
 from vllm_redrafter.engine.v2.stats import DeviceStats
+from vllm_redrafter.engine.v2.step_check import check_tree_step, check_trees
 from vllm_redrafter.engine.v2.step_rows import StepRows
-from vllm_redrafter.engine.v2.tree_store import TreeStore
+from vllm_redrafter.engine.v2.tree_store import Shape, TreeStore
 from vllm_redrafter.ops.move_kv import MoveKV
 
 
@@ -40,25 +44,44 @@ class TreeModelState(DefaultModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         options = options_of(vllm_config)
-        nodes = options.num_speculative_tokens
-        self.trees = TreeStore(self.max_num_reqs, nodes, device)
-        self.stats = DeviceStats(nodes, device)
+        nodes, depth = options.num_speculative_tokens, options.max_depth
+        self.trees = TreeStore(self.max_num_reqs, nodes, depth, device)
+        self.stats = DeviceStats(depth, device)
         self.step: Step | None = None
         self.movers: list[MoveKV] = []
         self.tree_sampler: TreeSampler | None = None
         self.rows = StepRows(self.trees, self.max_num_tokens, options.tree_rows(self.max_num_reqs))
         # Of fixed address, so that a CUDA graph can read them.
+        self.text_starts = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self._positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
         self._slot_mappings: Tensor | None = None
+        self._thorough = thorough()
+        # [B], of the step, for adapters of the output head.
+        self.logits_rows = np.ones(0, dtype=np.int64)
 
     # -- requests --------------------------------------------------------------------------
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
-        shape, reason = shape_of_request(new_req_data, self.model_config)
+        shape, reason = shape_of_request(new_req_data)
         if reason:
             self.stats.host.fall_back(reason)
         self.trees.reset(req_index, shape)
+        # Embeddings are no tokens to look up.
+        embedded = new_req_data.prompt_embeds is not None
+        self.text_starts[req_index].fill_(len(new_req_data.prompt_embeds) if embedded else 0)
+        params = new_req_data.sampling_params
+        if params is not None:
+            longest = self.model_config.max_model_len
+            if params.max_tokens is not None:
+                longest = min(longest, new_req_data.prompt_len + params.max_tokens)
+            stops = () if shape == Shape.NOTHING else stop_tokens(params)
+            self.trees.endings.reset(req_index, stops, longest)
+
+    def _no_branches(self, req_index: int) -> None:
+        """A custom logits processor may change this request, which came with this step."""
+        self.trees.limit(req_index, Shape.CHAIN)
+        self.stats.host.fall_back(REASON)
 
     # -- start-up --------------------------------------------------------------------------
 
@@ -66,6 +89,8 @@ class TreeModelState(DefaultModelState):
         for name in ("return_sampling_mask", "enable_trace_replay"):
             if getattr(self.model_config, name, False):
                 raise UnsupportedError(f"ReDrafter does not support {name}; leave it off.")
+        self.trees.endings.lengths = sampler.req_states.total_len.gpu
+        watch_custom(sampler, self._no_branches)
         self.tree_sampler = TreeSampler(sampler, self.trees, self.stats)
         return sampler, self.tree_sampler
 
@@ -82,6 +107,16 @@ class TreeModelState(DefaultModelState):
         ]
 
     # -- before the forward pass -----------------------------------------------------------
+
+    def preprocess_state(
+        self,
+        input_batch: Any,
+        block_tables: tuple[Tensor, ...],
+        kv_cache_config: Any,
+        num_computed_tokens: Tensor,
+    ) -> None:
+        super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
+        self.logits_rows = np.diff(input_batch.cu_num_logits_np)
 
     def prepare_attn(
         self,
@@ -102,6 +137,8 @@ class TreeModelState(DefaultModelState):
         )  # fmt: skip
         self._slot_mappings = slot_mappings
         step = self._tree_step(input_batch, cudagraph_mode == CUDAGraphMode.FULL, for_capture)
+        if step is not None and self._thorough and not for_capture:
+            check_tree_step(self.trees, input_batch, step)
         if step is not None:
             for layer_metadata in {id(m): m for m in metadata.values()}.values():
                 setattr(layer_metadata, STEP_ATTRIBUTE, step)
@@ -142,6 +179,8 @@ class TreeModelState(DefaultModelState):
         self.step = Step(positions, slot_mappings=self._slot_mappings)
         self.step.root_rows = rows[input_batch.cu_num_logits[:-1].long()]
         self._slot_mappings = None
+        if self._thorough and input_batch.num_draft_tokens:
+            check_trees(self.trees, input_batch, positions)
         if self.tree_sampler is not None:
             self.tree_sampler.step = self.step
         return {**inputs, "positions": positions}
@@ -168,6 +207,13 @@ class TreeModelState(DefaultModelState):
             return
         assert step.slot_mappings is not None and step.root_rows is not None
         sources, targets, moved = kv_moves(step.walk.path, step.root_rows, step.slot_mappings)
+        if self._thorough:
+            slots = list(zip(sources, targets, strict=True))
+            checked_move(self.movers, slots, lambda: self._move(sources, targets))
+        else:
+            self._move(sources, targets)
+        self.stats.observe_moves(moved)
+
+    def _move(self, sources: Tensor, targets: Tensor) -> None:
         for mover, source, target in zip(self.movers, sources, targets, strict=False):
             mover(source, target)
-        self.stats.observe_moves(moved)

@@ -23,6 +23,7 @@ from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
+from vllm_redrafter.engine.thorough import check_logits, thorough
 from vllm_redrafter.engine.v2.accept import WALK_FIELDS, Accepted, accept, path_nodes
 from vllm_redrafter.engine.v2.sample_rows import SampleRows
 from vllm_redrafter.engine.v2.stats import DeviceStats
@@ -61,6 +62,10 @@ class TreeSampler:
         stats: counters.
     """
 
+    # All that vLLM reads of it beside the call: its warm-up asks whether drafts are cut by their
+    # confidence, and switches that off meanwhile.
+    enable_adaptive_verification = False
+
     def __init__(self, sampler: Any, trees: TreeStore, stats: DeviceStats) -> None:
         self.sampler = sampler
         self.trees = trees
@@ -71,6 +76,8 @@ class TreeSampler:
         # Graphs of what follows the draws, if there are any. Not held here: vLLM lets go of those
         # of its profile run, with all that they hold, where it finds them.
         self.graphs: Callable[[], AcceptGraphs | None] = lambda: None
+        # Graphs move KV unseen, so there are none where moves are checked.
+        self.thorough = thorough()
 
     def __call__(
         self,
@@ -92,6 +99,8 @@ class TreeSampler:
         """
         assert self.step is not None
         sampler = self.sampler
+        if self.thorough:
+            check_logits(logits)
         # Before penalties and temperature, as vLLM counts them.
         num_nans = get_num_nans(logits) if sampler.compute_nans else None
         rows = SampleRows.of(logits, input_batch, self.step.positions, invalid_drafts)
@@ -138,7 +147,8 @@ class TreeSampler:
             input_batch: vLLM's ``InputBatch``.
         """
         assert self.step is not None
-        graphs = self.graphs() if dims is None and rows.invalid is None else None
+        by_graph = dims is None and rows.invalid is None and not self.thorough
+        graphs = self.graphs() if by_graph else None
         desc = None if graphs is None else graphs.find(rows.slots.shape[0])
         if graphs is not None and desc is not None:
             assert self.step.slot_mappings is not None
@@ -154,6 +164,8 @@ class TreeSampler:
         done = [self._sample(part, dims) for part in parts]
         found = _joined([part for part, _ in done])
         self.stats.observe(found.num_nodes > 1, found.num_nodes, found.walk.num_accepted)
+        sources = self.trees.sources[rows.slots]
+        self.stats.observe_sources(sources, found.num_nodes, found.walk.path)
         return found, [logprobs for _, logprobs in done]
 
     def _sample(self, rows: SampleRows, dims: tuple[int, int] | None) -> tuple[Accepted, Any]:
@@ -200,7 +212,8 @@ class TreeSampler:
         first = rows.ends[:-1].long()
         owner = self._owner(rows.ends[1:].long() - first, logits.shape[0])
         place = rows.row_nodes.long()
-        node = path_nodes(found)[owner, place]
+        # Rows beyond the deepest node are on no path.
+        node = path_nodes(found)[owner, place.clamp(max=found.path.shape[1])]
         on_path = place <= found.num_accepted[owner]
         source = first[owner] + torch.where(on_path, node, place)
         num_logprobs, token_ids = dims
