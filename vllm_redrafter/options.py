@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_redrafter.drafter.config import DrafterConfig
+from vllm_redrafter.lookup.sizes import MAX_CHAINS, MAX_DEPTH
 from vllm_redrafter.tree.rules import TREE_RULES
 
 METHOD = "redrafter"
@@ -19,6 +20,19 @@ DEFAULT_DRAFT_LENGTH = 3
 DEFAULT_TREE = "best"
 DEFAULT_TOP_K = 0
 DEFAULT_MAX_NODES = 15
+# The most that a measured budget may spend on one request.
+DEFAULT_MAX_BUDGET = 24
+
+BUDGETS = ("auto", "fixed")
+
+# Bounds of what a draft may cost. The CUDA kernels are compiled for so many beams, and on a CPU a
+# draft's time grows with beams x length: 4,096 beams took 6 s. A step that checks more than some
+# hundred rows for one request takes longer than the steps that it saves.
+MOST_BEAMS = 64
+MOST_DRAFT_LENGTH = 64
+MOST_LOOKUP_TOKENS = 256
+# Counts go to the operators as int32 or int64, and no vocabulary is larger.
+MOST_TOP_K = 2**31 - 1
 
 
 class OptionError(ValueError):
@@ -39,6 +53,14 @@ class ReDrafterOptions:
         num_speculative_tokens_per_batch_size: vLLM's own key and format for easing off under
             load: ``((first, last, nodes), ...)``, inclusive ranges of running requests from 1
             on; beyond the last range its nodes stay. Empty: always ``num_speculative_tokens``.
+        prompt_lookup: continuations from the request's own prompt and output compete with the
+            drafter's candidates (``vllm_redrafter.lookup``).
+        prompt_lookup_num_tokens: how far such a continuation is followed.
+        node_budget: ``auto``: every step verifies as many nodes as pay by measured costs, up to
+            ``num_speculative_tokens`` per request; ``fixed``: always that many.
+        cost_table: a file of ``vllm-redrafter calibrate``; empty: measured at start-up.
+        fail_on_target_mismatch: refuse to start when the drafter's fingerprint of its target
+            (``vllm_redrafter.drafter.fingerprint``) is not that of the target; else warn.
     """
 
     model: str
@@ -48,6 +70,19 @@ class ReDrafterOptions:
     tree: str = DEFAULT_TREE
     top_k: int = DEFAULT_TOP_K
     num_speculative_tokens_per_batch_size: tuple[tuple[int, int, int], ...] = ()
+    prompt_lookup: bool = True
+    prompt_lookup_num_tokens: int = MAX_DEPTH
+    node_budget: str = "auto"
+    cost_table: str = ""
+    fail_on_target_mismatch: bool = False
+
+    @property
+    def max_depth(self) -> int:
+        """The deepest node that a tree can have."""
+        deepest = self.draft_length
+        if self.prompt_lookup:
+            deepest = max(deepest, self.prompt_lookup_num_tokens)
+        return min(deepest, self.num_speculative_tokens)
 
     def nodes_for(self, batch_size: int) -> int:
         """How many nodes each of ``batch_size`` running requests may draft."""
@@ -67,7 +102,15 @@ class ReDrafterOptions:
 
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 
-VALID_KEYS = ("method", *(field.name for field in dataclasses.fields(ReDrafterOptions)))
+# Not an option of the engine: which version of a drafter on the hub to load.
+REVISION = "revision"
+
+VALID_KEYS = ("method", *(field.name for field in dataclasses.fields(ReDrafterOptions)), REVISION)
+
+
+def is_method(value: Any) -> bool:
+    """Whether ``method`` asks for ReDrafter; upper and lower case are the same."""
+    return isinstance(value, str) and value.strip().lower() == METHOD
 
 
 def check_keys(user: Mapping[str, Any]) -> None:
@@ -80,13 +123,17 @@ def check_keys(user: Mapping[str, Any]) -> None:
         )
 
 
-def resolve_options(user: Mapping[str, Any], drafter: DrafterConfig) -> ReDrafterOptions:
+def resolve_options(
+    user: Mapping[str, Any], drafter: DrafterConfig, *, fixed_rows: bool = False
+) -> ReDrafterOptions:
     """Fill in what the user left out: from the drafter's config.json, then sensible values.
 
     Args:
         user: the speculative_config as given, keys checked with ``check_keys``; ``model`` must be
             the local directory.
         drafter: that directory's config.
+        fixed_rows: the engine verifies the same number of nodes for every request of a step, as
+            Model Runner V2 does.
 
     Raises:
         OptionError: a value of the wrong type or out of range.
@@ -99,25 +146,43 @@ def resolve_options(user: Mapping[str, Any], drafter: DrafterConfig) -> ReDrafte
             return drafter.defaults[name], "the drafter's config.json"
         return default, "the default"
 
-    def integer(name: str, default: int, minimum: int) -> int:
+    def integer(name: str, default: int, minimum: int, maximum: int | None = None) -> int:
         value, source = pick(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise OptionError(
                 f"{name} is {value!r} in {source}; it must be an integer >= {minimum}."
             )
+        if maximum is not None and value > maximum:
+            raise OptionError(f"{name} is {value} in {source}; it must be {maximum} or less.")
         return value
 
-    beam_width = integer("beam_width", DEFAULT_BEAM_WIDTH, 1)
-    draft_length = integer("draft_length", DEFAULT_DRAFT_LENGTH, 1)
-    top_k = integer("top_k", DEFAULT_TOP_K, 0)
-    tree, source = pick("tree", DEFAULT_TREE)
-    if tree not in TREE_RULES:
+    def choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
+        value, source = pick(name, default)
+        if value not in allowed:
+            raise OptionError(
+                f"{name} is {value!r} in {source}; it must be one of {', '.join(allowed)}."
+            )
+        return value
+
+    beam_width = integer("beam_width", DEFAULT_BEAM_WIDTH, 1, MOST_BEAMS)
+    draft_length = integer("draft_length", DEFAULT_DRAFT_LENGTH, 1, MOST_DRAFT_LENGTH)
+    top_k = integer("top_k", DEFAULT_TOP_K, 0, MOST_TOP_K)
+    tree = choice("tree", DEFAULT_TREE, TREE_RULES)
+    # Apple's rule knows beams alone, in an order of their own: no other sources, no best part.
+    lookup = _lookup(*pick("prompt_lookup", tree != "beams"), tree)
+    lookup_tokens = integer("prompt_lookup_num_tokens", MAX_DEPTH, 1, MOST_LOOKUP_TOKENS)
+    budget = choice("node_budget", "fixed" if tree == "beams" else "auto", BUDGETS)
+    if budget == "auto" and tree == "beams":
         raise OptionError(
-            f"tree is {tree!r} in {source}; it must be one of {', '.join(TREE_RULES)}."
+            "node_budget is 'auto', but tree 'beams' does not order its nodes by probability; set "
+            "node_budget to 'fixed' or tree to 'best'."
         )
-    # A draft has at most W candidates at each of L depths: more nodes can never be filled.
-    most_nodes = beam_width * draft_length
+    # No further candidates can exist: more nodes could never be filled.
+    most_nodes = beam_width * draft_length + (MAX_CHAINS * lookup_tokens if lookup else 0)
     nodes = integer("num_speculative_tokens", min(most_nodes, DEFAULT_MAX_NODES), 1)
+    if budget == "auto" and not fixed_rows and user.get("num_speculative_tokens") is None:
+        # The measured budget decides: the drafter's number was chosen for one machine.
+        nodes = DEFAULT_MAX_BUDGET
     schedule = user.get(SCHEDULE)
     # A fixed number that the user asked for is not overruled by the drafter's own schedule.
     if schedule is None and user.get("num_speculative_tokens") is None:
@@ -130,7 +195,43 @@ def resolve_options(user: Mapping[str, Any], drafter: DrafterConfig) -> ReDrafte
         draft_length=draft_length,
         tree=tree,
         top_k=top_k,
+        prompt_lookup=lookup,
+        prompt_lookup_num_tokens=lookup_tokens,
+        node_budget=budget,
+        cost_table=_path(user.get("cost_table")),
+        fail_on_target_mismatch=_flag(user, "fail_on_target_mismatch"),
     )
+
+
+def _lookup(value: Any, source: str, tree: str) -> bool:
+    if not isinstance(value, bool):
+        raise OptionError(f"prompt_lookup is {value!r} in {source}; it must be true or false.")
+    if value and tree == "beams":
+        raise OptionError(
+            "prompt_lookup is true, but tree 'beams' holds the drafter's beams alone; set "
+            "prompt_lookup to false or tree to 'best'."
+        )
+    return value
+
+
+def _flag(user: Mapping[str, Any], name: str) -> bool:
+    value = user.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise OptionError(
+            f"{name} is {value!r} in speculative_config; it must be true or false."
+        )
+    return bool(value)
+
+
+def _path(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise OptionError(
+            f"cost_table is {value!r} in speculative_config; it must be the path of a file that "
+            "`vllm-redrafter calibrate` wrote."
+        )
+    return value
 
 
 def _schedule(value: Any) -> tuple[tuple[int, int, int], ...]:

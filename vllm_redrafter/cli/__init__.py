@@ -16,6 +16,7 @@ COMMANDS = {
     "data": "let the target answer prompts: the data that a drafter is trained on",
     "train": "train a drafter on the target's own answers",
     "eval": "replay recorded answers with a drafter: acceptance and predicted speed by setting",
+    "calibrate": "measure what steps and drafts cost here, for the node budget",
     "convert": "rewrite pickled or differently named drafter weights as safetensors",
     "doctor": "check this installation and say what to do",
 }
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vllm-redrafter",
         description="ReDrafter speculative decoding for vLLM.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="commands:\n" + "\n".join(f"  {n:<8} {text}" for n, text in COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {n:<9} {text}" for n, text in COMMANDS.items()),
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="see below")

@@ -7,7 +7,9 @@ import os
 import pickle
 import re
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +25,27 @@ from vllm_redrafter.drafter.checkpoint import (
     PICKLE_SUFFIXES,
     WEIGHTS_NAME,
     build_drafter,
+    check_target_sizes,
     save_drafter,
+    shards_of,
 )
 from vllm_redrafter.drafter.config import (
     APPLE_MODEL_TYPE,
     APPLE_TOP_K,
     DrafterConfig,
     DrafterError,
+    check_size,
     load_config,
-    read_json,
 )
 from vllm_redrafter.drafter.model import Drafter
 from vllm_redrafter.drafter.trim import read_integers, trim_vocabulary
+from vllm_redrafter.reading import one_line, shown
 from vllm_redrafter.training.errors import TrainingError
+from vllm_redrafter.training.fingerprint import of_directory
 from vllm_redrafter.training.vocabulary import coverage, most_frequent, read_counts
+
+# A state_dict is nested a few times at most; one that contains itself has no end.
+_DEEPEST = 16
 
 # Looked for in this order before "whatever single pickle there is".
 _USUAL_PICKLES = ("pytorch_model.bin", "model.pt")
@@ -51,7 +60,7 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"rnn_us?\.(?:0\.)?(?P<end>weight|bias)", "rnn_u.{end}"),
         (r"rnn_ws?\.(?:0\.)?(?P<end>weight)", "rnn_w.{end}"),
         (
-            r"(?:lm_heads?\.(?:0\.)?|0\.)(?P<layer>\d+)\.(?P<end>linear\.weight|linear\.bias|weight)",
+            r"(?:lm_heads?\.(?:0\.)?|0\.)(?P<layer>[0-9]{1,9})\.(?P<end>linear\.weight|linear\.bias|weight)",
             "lm_head.{layer}.{end}",
         ),
         (r"(?P<end>draft_vocab|emb_norm\.weight)", "{end}"),
@@ -69,6 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="replace a drafter that is already in DST")  # fmt: skip
     parser.add_argument("--to", choices=("redrafter", "apple"), default="redrafter",
                         help="format to write (default: redrafter)")  # fmt: skip
+    parser.add_argument("--target", type=Path, metavar="TARGET_DIR",
+                        help="the drafter's target: its fingerprint goes into config.json, so that "
+                        "the engine can tell another target from it")  # fmt: skip
     parser.add_argument("--draft-vocab", type=Path, metavar="FILE",
                         help="keep only these rows of a full head: one id a line")  # fmt: skip
     parser.add_argument("--draft-vocab-size", type=int, metavar="N",
@@ -85,7 +97,9 @@ def run(args: argparse.Namespace) -> int:
     remarks: list[str] = []
     try:
         rows = _which_rows(args, remarks)
-        drafter = convert(args.src, args.dst, force=args.force, to=args.to, draft_vocab=rows)
+        drafter = convert(
+            args.src, args.dst, force=args.force, to=args.to, draft_vocab=rows, target=args.target
+        )
     except (DrafterError, TrainingError) as error:
         raise UserError(str(error)) from error
     config = drafter.config
@@ -156,14 +170,17 @@ def convert(
     force: bool = False,
     to: str = "redrafter",
     draft_vocab: Callable[[int], list[int]] | None = None,
+    target: Path | None = None,
 ) -> Drafter:
     """Write the drafter in ``src`` to the directory ``dst`` as config.json and safetensors.
 
     Pickles are read with ``weights_only``: a file that holds anything but tensors and plain
     values is refused, and nothing in it runs. ``to`` is ``redrafter`` or ``apple``.
-    ``draft_vocab`` gets the size of the vocabulary and says which ids of it to keep.
+    ``draft_vocab`` gets the size of the vocabulary and says which ids of it to keep. ``target`` is
+    the directory of the drafter's target, whose fingerprint is then written.
 
     Raises:
+        TrainingError: a ``target`` of which no fingerprint can be taken.
         DrafterError: nothing to convert, unreadable or refused weights, names that are no
             drafter's, a ``dst`` in use, or a drafter that ``to`` or ``draft_vocab`` does not
             suit.
@@ -177,16 +194,20 @@ def convert(
             f"'{dst}' is not empty; give another directory, or --force to replace what is there."
         )
     directory = src if src.is_dir() else src.parent
-    tensors = usual_names(read_weights(src), src)
+    tensors = own_memory(usual_names(read_weights(src), src), src)
     if (directory / "config.json").is_file():
         config = load_config(directory)
     else:
         config = config_from_shapes(tensors, src)
     # Nothing of a shared head is stored; its place only has to have the right shape.
-    lm_head = torch.zeros(config.vocab_size, config.hidden_size) if config.shared_head else None
+    lm_head = None
+    if config.shared_head:
+        lm_head = torch.empty(config.vocab_size, config.hidden_size, device="meta")
     drafter = build_drafter(config, tensors, directory, lm_head=lm_head)
     if draft_vocab is not None:
         drafter = trim_vocabulary(drafter, draft_vocab(config.vocab_size))
+    if target is not None:
+        _take_fingerprint(drafter, src, target, to)
     dst.parent.mkdir(parents=True, exist_ok=True)
     # Two files that belong together: written aside, so that a failure leaves no half of them.
     with tempfile.TemporaryDirectory(prefix=f".{dst.name}-", dir=dst.parent) as aside:
@@ -195,6 +216,16 @@ def convert(
         for name in (WEIGHTS_NAME, "config.json"):
             os.replace(Path(aside) / name, dst / name)
     return drafter
+
+
+def _take_fingerprint(drafter: Drafter, source: Path, target: Path, to: str) -> None:
+    if to == "apple":
+        raise DrafterError("Apple's format has no place for a fingerprint; leave out --target.")
+    found, config = of_directory(target), drafter.config
+    check_target_sizes(
+        config, found.vocab_size, found.hidden_size, f"the target '{target}'", source
+    )
+    drafter.config = replace(config, target=found)
 
 
 def save_apple(drafter: Drafter, directory: str | Path) -> None:
@@ -226,7 +257,10 @@ def save_apple(drafter: Drafter, directory: str | Path) -> None:
 
 
 def read_weights(src: Path) -> dict[str, Tensor]:
-    """All tensors of a weights file, or of the weight files of a directory, by dotted names."""
+    """All tensors of a weights file, or of the weight files of a directory, by dotted names.
+
+    They may share memory with each other and with the files.
+    """
     files = [src] if src.is_file() else _weight_files(src)
     tensors: dict[str, Tensor] = {}
     for path in files:
@@ -235,14 +269,40 @@ def read_weights(src: Path) -> dict[str, Tensor]:
                 tensors |= load_file(path)
             except (SafetensorError, OSError) as error:
                 raise DrafterError(
-                    f"{path} cannot be read ({error}); it is truncated or not safetensors: copy or "
-                    "download it again."
+                    f"{path} cannot be read ({one_line(error)}); it is truncated or not "
+                    "safetensors: copy or download it again."
                 ) from error
         else:
             tensors |= dict(_flatten(_load_pickle(path)))
     if not tensors:
         raise DrafterError(f"{files[0]} holds no tensors, so there is no drafter to convert.")
-    # A pickle may hold views of one storage, which safetensors does not write.
+    return tensors
+
+
+def own_memory(tensors: Mapping[str, Tensor], src: Path) -> dict[str, Tensor]:
+    """The same tensors, apart from each other and from any file.
+
+    A pickle may hold views of one storage, which safetensors does not write; and a small one may
+    hold tensors of any size, of which every element is the same few bytes.
+
+    Raises:
+        DrafterError: tensors of a kind that no weights are, or larger than what is stored of them.
+    """
+    for name, tensor in tensors.items():
+        plain = tensor.layout is torch.strided and not tensor.is_quantized
+        if not plain or tensor.device.type != "cpu":
+            what = "quantized" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
+            raise DrafterError(
+                f"'{src}': {shown(name)} is {what}; save the drafter's weights as plain tensors."
+            )
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors.values()}
+    stored = sum(storage.nbytes() for storage in storages.values())
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if claimed > stored:
+        raise DrafterError(
+            f"'{src}' holds tensors of {claimed} bytes, of which only {stored} are stored: some "
+            "are expanded, or there twice; save them with .contiguous() and under one name each."
+        )
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
@@ -253,9 +313,9 @@ def _weight_files(directory: Path) -> list[Path]:
     for name in (WEIGHTS_NAME, _USUAL_PICKLES[0]):
         index = directory / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            shards = shards_of(index, (*PICKLE_SUFFIXES, ".safetensors"))
             if shards:
-                return [directory / shard for shard in shards]
+                return shards
     found = sorted(f for f in directory.iterdir() if f.suffix in PICKLE_SUFFIXES)
     if len(found) == 1:
         return found
@@ -270,6 +330,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def _load_pickle(path: Path) -> Any:
     try:
+        _check_stored(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise DrafterError(f"{path} does not exist; copy or download it again.") from error
@@ -287,13 +348,24 @@ def _load_pickle(path: Path) -> Any:
         ) from error
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def _check_stored(path: Path) -> None:
+    """Raise ValueError for an archive of more than its own size: torch.save never compresses."""
+    if not zipfile.is_zipfile(path):
+        return  # the older format has no compression
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise ValueError(f"it is compressed, and {unpacked} bytes long without that")
+
+
+def _flatten(value: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
     """Tensors of nested mappings by dotted name; counters and other plain values are left out."""
     if isinstance(value, Tensor):
         yield prefix.removesuffix("."), value
-    elif isinstance(value, Mapping):
+    elif isinstance(value, Mapping) and depth < _DEEPEST:
         for key, item in value.items():
-            yield from _flatten(item, f"{prefix}{key}.")
+            if isinstance(key, (str, int)):
+                yield from _flatten(item, f"{prefix}{key}.", depth + 1)
 
 
 def usual_names(tensors: Mapping[str, Tensor], src: Path) -> dict[str, Tensor]:
@@ -360,7 +432,7 @@ def config_from_shapes(tensors: Mapping[str, Tensor], src: Path) -> DrafterConfi
         both = _matrix(tensors, "input_proj.weight", src)[1]
     else:
         both = exit_dim
-    return DrafterConfig(
+    config = DrafterConfig(
         vocab_size=vocab_size,
         hidden_size=both // 2,
         exit_dim=exit_dim,
@@ -370,6 +442,10 @@ def config_from_shapes(tensors: Mapping[str, Tensor], src: Path) -> DrafterConfi
         defaults={"top_k": APPLE_TOP_K},
         apple=True,
     )
+    check_size("num_draft_layers", config.num_draft_layers, src, minimum=0)
+    for name in ("vocab_size", "hidden_size", "exit_dim"):
+        check_size(name, getattr(config, name), src)
+    return config
 
 
 def _matrix(tensors: Mapping[str, Tensor], name: str, src: Path) -> tuple[int, int]:

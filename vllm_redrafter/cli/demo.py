@@ -10,14 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from vllm_redrafter.cli import UserError
+from vllm_redrafter.demo.variants import (
+    BUNDLED_DRAFTER,
+    CHAIN,
+    NGRAM,
+    NGRAM_CONFIG,
+    PLAIN,
+    REDRAFTER,
+    redrafter_config,
+)
+from vllm_redrafter.options import BUDGETS
 
-BUNDLED_DRAFTER = Path(__file__).resolve().parents[1] / "drafters" / "redrafter-smollm2-135m"
-
-PLAIN, REDRAFTER, CHAIN, NGRAM = "plain", "redrafter", "chain", "ngram"
 LABELS = {PLAIN: "plain vLLM", REDRAFTER: "ReDrafter", CHAIN: "ReDrafter, W=1", NGRAM: "n-gram"}
 
 # Options handed on as keys of speculative_config, when given.
-_PASSED_ON = ("beam_width", "draft_length", "tree", "num_speculative_tokens", "top_k")
+_PASSED_ON = ("beam_width", "draft_length", "tree", "num_speculative_tokens", "top_k",
+              "prompt_lookup", "node_budget")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     passed.add_argument("--tree", choices=("best", "beams"))
     passed.add_argument("--num-speculative-tokens", type=_positive, metavar="N")
     passed.add_argument("--top-k", type=int, metavar="K")
-    add("--chain", action="store_true", help="a further column: one beam, a chain and no tree")
+    passed.add_argument("--prompt-lookup", action=argparse.BooleanOptionalAction, default=None)
+    passed.add_argument("--node-budget", choices=BUDGETS)
+    add("--chain", action="store_true", help="a further column: one beam alone, and no tree")
     add("--ngram", action="store_true", help="a further column: vLLM's own n-gram drafts")
     add("--json", type=Path, metavar="FILE", help="write every figure and run to FILE")
 
@@ -53,8 +63,9 @@ def run(args: argparse.Namespace) -> int:
 
     from vllm_redrafter.demo import prompts as mt_bench
     from vllm_redrafter.demo import report
-    from vllm_redrafter.demo.compare import Settings, compare
+    from vllm_redrafter.demo.compare import compare
     from vllm_redrafter.demo.engine_process import EngineFailed
+    from vllm_redrafter.demo.engines import Settings, context_length
     from vllm_redrafter.demo.fetch import FetchError
     from vllm_redrafter.demo.target import smollm2
 
@@ -79,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         max_tokens=args.max_tokens,
         rounds=args.rounds,
-        max_model_len=_context(prompt_ids, args.max_tokens),
+        max_model_len=context_length(prompt_ids, args.max_tokens),
     )
     variants = make_variants(args)
     other = 8 if args.batch_size == 1 else 1
@@ -120,21 +131,19 @@ def run(args: argparse.Namespace) -> int:
 def make_variants(args: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
     """name -> speculative_config of every column that was asked for."""
     given = {key: value for key in _PASSED_ON if (value := getattr(args, key)) is not None}
-    base = {"method": "redrafter", "model": args.drafter}
-    variants: dict[str, dict[str, Any] | None] = {PLAIN: None, REDRAFTER: {**base, **given}}
+    variants: dict[str, dict[str, Any] | None] = {
+        PLAIN: None,
+        REDRAFTER: redrafter_config(args.drafter, **given),
+    }
     if args.chain:
         # One beam drafts at most draft_length nodes: the tree's node count is not meant for it.
         given.pop("num_speculative_tokens", None)
-        variants[CHAIN] = {**base, **given, "beam_width": 1}
+        # A lookup would make it a tree again.
+        given |= {"beam_width": 1, "prompt_lookup": False, "node_budget": "fixed"}
+        variants[CHAIN] = redrafter_config(args.drafter, **given)
     if args.ngram:
-        variants[NGRAM] = {"method": "ngram", "num_speculative_tokens": 5,
-                           "prompt_lookup_min": 2, "prompt_lookup_max": 4}  # fmt: skip
+        variants[NGRAM] = dict(NGRAM_CONFIG)
     return variants
-
-
-def _context(prompt_ids: list[list[int]], max_tokens: int) -> int:
-    """A context length that holds every prompt with its answer, in steps of 1,024."""
-    return -(-(max(map(len, prompt_ids)) + max_tokens) // 1024) * 1024
 
 
 @contextmanager

@@ -50,6 +50,9 @@ def _evaluate(options: EvalOptions) -> int:
     predicted = {entry["setting"]: entry["speed_up"] for entry in report["predictions"]}
     for setting, result in report["groups"][0]["settings"].items():
         text = f"W,L,N {setting}: acceptance length {result['acceptance_length']:.3f}"
+        if report["lookup_tokens"]:
+            parts = result["accepted_by_source"].items()
+            text += f" (accepted: {', '.join(f'{n} from {name}' for name, n in parts)})"
         if setting in predicted:
             text += f", predicted speed-up {predicted[setting]:.2f}"
         console.print(text)

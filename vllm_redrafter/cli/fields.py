@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_redrafter.cli import UserError
+from vllm_redrafter.reading import one_line, shown
 
 
 def add_fields(parser: argparse.ArgumentParser, options: type) -> None:
@@ -62,8 +63,8 @@ def _read_yaml(path: Path, options: type) -> dict[str, Any]:
         ) from error
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read ({one_line(error)}).") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold lines of the form `name: value`.")
     names = [field.name for field in dataclasses.fields(options)]
@@ -73,7 +74,7 @@ def _read_yaml(path: Path, options: type) -> dict[str, Any]:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; see --help for all names."
-            raise UserError(f"--config {path} has an unknown name {key!r}{hint}")
+            raise UserError(f"--config {path} has an unknown name {shown(key)}{hint}")
         values[name] = _converted(value, options, name, path)
     return values
 
@@ -93,9 +94,9 @@ def _converted(value: Any, options: type, name: str, path: Path) -> Any:
         if isinstance(value, bool) or (kind is int and not isinstance(value, int)):
             raise ValueError
         return kind(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
-            f"--config {path}: {name} is {value!r}; it must be "
+            f"--config {path}: {name} is {shown(value)}; it must be "
             f"{'a list of ' if many else ''}{kind.__name__}."
         ) from error
 

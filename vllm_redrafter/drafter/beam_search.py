@@ -63,6 +63,31 @@ class Beams:
         return out
 
 
+def greedy_chain(beams: Beams, draft_length: int) -> Beams:
+    """What a beam of width 1 would have kept, as far as these beams hold it.
+
+    Where a wider beam pruned the best child of the best candidate, fillers stand.
+
+    Args:
+        beams: of any width.
+        draft_length: of the result, at most that of ``beams``.
+    """
+    batch = beams.batch_size
+    at = torch.zeros(batch, 1, dtype=torch.int64, device=beams.tokens.device)
+    lost = torch.zeros(batch, 1, dtype=torch.bool, device=beams.tokens.device)
+    tokens, scores = [], []
+    for depth in range(draft_length):
+        if depth:
+            # Ranks are best first: the first child is the best one.
+            child = (beams.parents[:, depth] == at).long()
+            lost = lost | (child.sum(1, keepdim=True) == 0)
+            at = child.argmax(1, keepdim=True)
+        tokens.append(beams.tokens[:, depth].gather(1, at))
+        scores.append(beams.scores[:, depth].gather(1, at).masked_fill(lost, FILLER_SCORE))
+    stacked = torch.stack(tokens, 1)
+    return Beams(beams.root, stacked, torch.zeros_like(stacked), torch.stack(scores, 1))
+
+
 def log_probabilities(logits: Tensor, top_k: int = 0) -> Tensor:
     """Log-softmax over the last axis in float32, optionally renormalised over the top k.
 

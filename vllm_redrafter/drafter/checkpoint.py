@@ -20,7 +20,9 @@ from vllm_redrafter.drafter.config import (
     load_config,
     read_json,
 )
+from vllm_redrafter.drafter.fingerprint import FIELD
 from vllm_redrafter.drafter.model import Drafter
+from vllm_redrafter.reading import is_file_name, one_line, shown
 
 WEIGHTS_NAME = "model.safetensors"
 DRAFT_VOCAB = "draft_vocab"
@@ -29,6 +31,9 @@ DRAFT_VOCAB = "draft_vocab"
 IGNORED_TENSORS = frozenset({"emb_norm.weight"})
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+
+# Of stored weights. Narrower floats come with scales, of which this format knows nothing.
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load_drafter(
@@ -82,6 +87,7 @@ def build_drafter(
     config = _with_rnn_from_tensors(config, tensors, directory)
     draft_vocab = _take_draft_vocab(config, tensors, directory)
     check_target_tables(config, embedding, lm_head, directory)
+    _check_tensors(config, tensors, directory)
     if config.shared_head:
         if lm_head is None:
             raise DrafterError(
@@ -91,7 +97,6 @@ def build_drafter(
         rows = lm_head[: config.vocab_size] if draft_vocab is None else lm_head[draft_vocab]
         weights_dtype = dtype or next(iter(tensors.values())).dtype
         tensors[_head_name(config)] = rows.detach().to(weights_dtype)
-    _check_tensors(config, tensors, directory)
 
     with torch.device("meta"):
         drafter = Drafter(config)
@@ -126,6 +131,7 @@ def save_drafter(drafter: Drafter, directory: str | Path, **config_fields: objec
         "shared_head": config.shared_head,
         "torch_dtype": str(drafter.dtype).removeprefix("torch."),
         **config.defaults,
+        **({FIELD: config.target.to_json()} if config.target is not None else {}),
         **config_fields,
     }
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
@@ -138,12 +144,9 @@ def check_files(directory: str | Path, config: DrafterConfig) -> None:
         DrafterError: unreadable or truncated files, or tensors that do not fit ``config``.
     """
     directory = Path(directory)
-    tensors = _read_tensors(directory)
+    tensors = _read_tensors(directory, weights=False)
     config = _with_rnn_from_tensors(config, tensors, directory)
     _take_draft_vocab(config, tensors, directory)
-    if config.shared_head:
-        width = next(iter(tensors.values()), torch.empty(0))
-        tensors[_head_name(config)] = width.new_empty(config.draft_vocab_size, config.exit_dim)
     _check_tensors(config, tensors, directory)
 
 
@@ -190,7 +193,12 @@ def _head_name(config: DrafterConfig) -> str:
     return f"lm_head.{config.num_draft_layers}.weight"
 
 
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
+def _read_tensors(directory: Path, weights: bool = True) -> dict[str, Tensor]:
+    """All tensors by name, in memory of their own: a file may be replaced while an engine runs.
+
+    Args:
+        weights: False: all but the draft vocabulary on the meta device, of right shape and dtype.
+    """
     files = _weight_files(directory)
     if not files:
         pickles = [f.name for f in directory.iterdir() if f.suffix in PICKLE_SUFFIXES]
@@ -205,11 +213,19 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    tensors[name] = file.get_tensor(name)
+                    if name in tensors:
+                        raise DrafterError(
+                            f"'{directory}' holds the tensor {shown(name)} in two files; leave "
+                            "the right one."
+                        )
+                    # What safe_open gives is the mapped file itself.
+                    tensor = file.get_tensor(name)
+                    whole = weights or name == DRAFT_VOCAB
+                    tensors[name] = tensor.clone() if whole else tensor.to("meta")
         except (SafetensorError, OSError) as error:
             raise DrafterError(
-                f"{path} cannot be read ({error}); it is truncated or not safetensors: copy or "
-                "download it again."
+                f"{path} cannot be read ({one_line(error)}); it is truncated or not safetensors: "
+                "copy or download it again."
             ) from error
     return {name: tensor for name, tensor in tensors.items() if name not in IGNORED_TENSORS}
 
@@ -221,8 +237,28 @@ def _weight_files(directory: Path) -> list[Path]:
     index = directory / f"{WEIGHTS_NAME}.index.json"
     if not index.is_file():
         return []
-    shards = read_json(index).get("weight_map", {}).values()
-    return [directory / name for name in sorted(set(shards))]
+    return shards_of(index, (".safetensors",))
+
+
+def shards_of(index: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files that an index names, all beside it, each once.
+
+    Raises:
+        DrafterError: no ``weight_map`` of file names with one of ``suffixes``.
+    """
+    names = read_json(index).get("weight_map", {})
+    if not isinstance(names, dict):
+        raise DrafterError(
+            f"{index}: weight_map is {shown(names)}; it must say for every tensor in which file "
+            "beside the index it is."
+        )
+    for tensor, name in names.items():
+        if not is_file_name(name) or not name.endswith(suffixes):
+            raise DrafterError(
+                f"{index}: weight_map has {shown(name)} for {shown(tensor)}; it must be the name "
+                f"of a file beside the index that ends with {' or '.join(suffixes)}."
+            )
+    return [index.parent / name for name in sorted(set(names.values()))]
 
 
 def _with_rnn_from_tensors(
@@ -279,15 +315,19 @@ def _take_draft_vocab(
 
 
 def _check_tensors(config: DrafterConfig, tensors: dict[str, Tensor], directory: Path) -> None:
+    """Raise DrafterError unless ``tensors`` are just those that ``config`` asks to be stored."""
     expected = expected_shapes(config)
+    if config.shared_head:
+        del expected[_head_name(config)]
     missing = sorted(expected.keys() - tensors.keys())
     surplus = sorted(tensors.keys() - expected.keys())
     if missing or surplus:
-        problem = f"lacks the tensor '{missing[0]}'" if missing else f"has a tensor '{surplus[0]}'"
+        problem = (
+            f"lacks the tensor '{missing[0]}' that its config.json asks for" if missing else
+            f"has a tensor {shown(surplus[0])} for which there is no place in its config.json"
+        )  # fmt: skip
         raise DrafterError(
-            f"'{directory}' {problem} {'that' if missing else 'for which there is no place in'} "
-            f"{'its config.json asks for' if missing else 'its config.json'}: the config and the "
-            "weights do not belong together."
+            f"'{directory}' {problem}: the config and the weights do not belong together."
         )
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
@@ -295,9 +335,10 @@ def _check_tensors(config: DrafterConfig, tensors: dict[str, Tensor], directory:
                 f"'{directory}': {name} has shape {list(tensors[name].shape)}, but config.json "
                 f"asks for {list(shape)}: the config and the weights do not belong together."
             )
-        if not tensors[name].dtype.is_floating_point:
+        if tensors[name].dtype not in WEIGHT_DTYPES:
             raise DrafterError(
-                f"'{directory}': {name} is {tensors[name].dtype}; weights must be stored as floats."
+                f"'{directory}': {name} is {tensors[name].dtype}; weights must be stored as floats "
+                "(float32, bfloat16, float16 or float64)."
             )
 
 

@@ -8,10 +8,13 @@ draft vocabulary, an output head shared with the target, and defaults for the se
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from vllm_redrafter.drafter import fingerprint
+from vllm_redrafter.drafter.fingerprint import Fingerprint
+from vllm_redrafter.reading import is_integer, one_line, parse_json, shown
 
 APPLE_MODEL_TYPE = "recurrent_drafting_drafter"
 MODEL_TYPE = "redrafter"
@@ -29,6 +32,16 @@ SERVING_DEFAULTS = (
     "num_speculative_tokens",
     "num_speculative_tokens_per_batch_size",
 )
+
+
+# Far above any model, and low enough for counts of bytes to fit 63 bits.
+LARGEST = {
+    "vocab_size": 2**31 - 1,  # token ids are int32
+    "draft_vocab_size": 2**31 - 1,
+    "hidden_size": 2**20,
+    "exit_dim": 2**21,
+    "num_draft_layers": 1024,
+}
 
 
 class DrafterError(ValueError):
@@ -51,6 +64,7 @@ class DrafterConfig:
         shared_head: the output head is rows of the target's own output head; nothing is stored.
         defaults: serving options found in the config (see ``SERVING_DEFAULTS``).
         apple: read from Apple's format.
+        target: the target's fingerprint; None where the drafter was written without one.
     """
 
     vocab_size: int
@@ -62,6 +76,7 @@ class DrafterConfig:
     shared_head: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
     apple: bool = False
+    target: Fingerprint | None = None
 
     @property
     def has_draft_vocab(self) -> bool:
@@ -75,9 +90,11 @@ class DrafterConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; raises DrafterError if it is not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise DrafterError(f"{path} is not readable JSON ({error}); write it again.") from error
+        raise DrafterError(
+            f"{path} is not readable JSON ({one_line(error)}); write it again."
+        ) from error
     if not isinstance(value, dict):
         raise DrafterError(f"{path} holds a {type(value).__name__}, not a JSON object.")
     return value
@@ -121,7 +138,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> DrafterConf
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
         raise DrafterError(
-            f"{where} has model_type {model_type!r}; a ReDrafter checkpoint has "
+            f"{where} has model_type {shown(model_type)}; a ReDrafter checkpoint has "
             f"{' or '.join(repr(name) for name in MODEL_TYPES)}: give a drafter's directory, not a "
             "target's."
         )
@@ -131,7 +148,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> DrafterConf
     }
     rnn = raw.get("rnn")
     if rnn is not None and not isinstance(rnn, bool):
-        raise DrafterError(f"{where}: rnn is {rnn!r}; it must be true or false.")
+        raise DrafterError(f"{where}: rnn is {shown(rnn)}; it must be true or false.")
     draft_vocab_size = sizes["vocab_size"]
     if raw.get("draft_vocab_size") is not None:
         draft_vocab_size = _integer(raw, "draft_vocab_size", where, minimum=1)
@@ -142,7 +159,9 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> DrafterConf
             )
     shared_head = raw.get("shared_head", False)
     if not isinstance(shared_head, bool):
-        raise DrafterError(f"{where}: shared_head is {shared_head!r}; it must be true or false.")
+        raise DrafterError(
+            f"{where}: shared_head is {shown(shared_head)}; it must be true or false."
+        )
     if shared_head and sizes["exit_dim"] != sizes["hidden_size"]:
         raise DrafterError(
             f"{where}: shared_head needs exit_dim equal to hidden_size, but exit_dim is "
@@ -159,13 +178,40 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> DrafterConf
         shared_head=shared_head,
         defaults=defaults,
         apple=apple,
+        target=_fingerprint(raw, sizes, where),
     )
+
+
+def _fingerprint(raw: dict[str, Any], sizes: dict[str, int], where: str) -> Fingerprint | None:
+    try:
+        target = fingerprint.parse(raw.get(fingerprint.FIELD))
+        for name in ("vocab_size", "hidden_size"):
+            if target is not None and getattr(target, name) != sizes[name]:
+                raise ValueError(f"has another {name} than the drafter")
+    except ValueError as error:
+        raise DrafterError(
+            f"{where}: {fingerprint.FIELD} {error}; remove it, or write it again with "
+            "`vllm-redrafter convert --target`."
+        ) from error
+    return target
 
 
 def _integer(raw: dict[str, Any], name: str, where: str, minimum: int) -> int:
     value = raw.get(name)
     if value is None:
         raise DrafterError(f"{where} lacks the field {name!r}; add it (an integer >= {minimum}).")
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise DrafterError(f"{where}: {name} is {value!r}; it must be an integer >= {minimum}.")
+    check_size(name, value, where, minimum)
     return value
+
+
+def check_size(name: str, value: Any, where: str | Path, minimum: int = 1) -> None:
+    """Raise DrafterError unless ``value`` is an integer from ``minimum`` to ``LARGEST[name]``."""
+    if type(value) is int and value > LARGEST[name]:
+        raise DrafterError(
+            f"{where}: {name} is {shown(value)}; no drafter is so large, the most is "
+            f"{LARGEST[name]}: write what its tensors have."
+        )
+    if not is_integer(value, minimum, LARGEST[name]):
+        raise DrafterError(
+            f"{where}: {name} is {shown(value)}; it must be an integer >= {minimum}."
+        )

@@ -10,6 +10,7 @@ import torch
 
 from vllm_redrafter.drafter.config import DrafterError
 from vllm_redrafter.drafter.model import Drafter
+from vllm_redrafter.reading import one_line, shown
 
 
 def trim_vocabulary(drafter: Drafter, ids: list[int]) -> Drafter:
@@ -45,11 +46,13 @@ def read_integers(path: Path) -> list[int]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise DrafterError(f"{path} cannot be read ({error}).") from error
+        raise DrafterError(f"{path} cannot be read ({one_line(error)}).") from error
     values = []
     for number, line in enumerate(lines, start=1):
         try:
             values.append(int(line))
         except ValueError as error:
-            raise DrafterError(f"{path}, line {number}: {line!r} is not an integer.") from error
+            raise DrafterError(
+                f"{path}, line {number}: {shown(line)} is not an integer."
+            ) from error
     return values

@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_redrafter.training.dataset import (
-    Dataset,
-    check_fits,
-    read_manifest,
-    read_shard,
-    shard_texts,
-)
+from vllm_redrafter.reading import one_line, shown
+from vllm_redrafter.training.dataset import Dataset, check_fits
 from vllm_redrafter.training.errors import TrainingError
-from vllm_redrafter.training.jsonl import numbered_lines, parse_line
+from vllm_redrafter.training.jsonl import is_text, numbered_lines, parse_line
+from vllm_redrafter.training.manifest import read_manifest
 from vllm_redrafter.training.repeats import is_looping
+from vllm_redrafter.training.shards import read_shard, shard_texts
 
 
 @dataclass(frozen=True)
@@ -29,25 +26,32 @@ class Recorded:
         prompt: token ids, at least one.
         answer: token ids, at least one.
         category: as the file says, or None.
-        continuation: what the target says behind the answer's end, as far as it is known.
         finish_reason: vLLM's word for why it ended, ``stop`` or ``length``; None: not known.
+        max_tokens: the most that the request could say; None: not known.
     """
 
     prompt: list[int]
     answer: list[int]
     category: str | None = None
-    continuation: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    max_tokens: int | None = None
 
     @property
     def looping(self) -> bool:
         return is_looping(self.answer)
 
     @property
+    def limit(self) -> int | None:
+        """The most that the request could say, as far as it shows."""
+        # The model's length may have ended it before max_tokens did.
+        return len(self.answer) if self.finish_reason == "length" else self.max_tokens
+
+    @property
     def drafting_positions(self) -> int:
         """From how many of its tokens, the first ones, a draft would be made and verified."""
         # The last token ends the request; with one token to go under max_tokens a draft is useless.
-        return max(0, len(self.answer) - (2 if self.finish_reason == "length" else 1))
+        last = len(self.answer) - 1
+        return max(0, last if self.limit is None else min(last, self.limit - 2))
 
 
 def read_answers(
@@ -83,7 +87,8 @@ def _read_lines(path: str | Path, vocab_size: int) -> list[Recorded]:
         try:
             answers.append(_recorded(parse_line(line), vocab_size))
         except ValueError as error:
-            raise TrainingError(f"--answers {path}, line {number}: {error}") from error
+            what = one_line(error).removesuffix(".")
+            raise TrainingError(f"--answers {path}, line {number}: {what}.") from error
     if not answers:
         raise TrainingError(f"--answers {path} holds no answers; give one JSON object a line.")
     return answers
@@ -92,31 +97,35 @@ def _read_lines(path: str | Path, vocab_size: int) -> list[Recorded]:
 def _recorded(value: Any, vocab_size: int) -> Recorded:
     if not isinstance(value, dict):
         raise ValueError(f"this is {type(value).__name__}, not a JSON object.")
-    for name in ("prompt_token_ids", "token_ids", "continuation"):
-        optional = name == "continuation"
-        ids = value.get(name, [] if optional else None)
+    for name in ("prompt_token_ids", "token_ids"):
+        ids = value.get(name)
         if not isinstance(ids, list) or not all(type(one) is int for one in ids):
             raise ValueError(f"{name} must be a list of whole numbers.")
-        if not ids and not optional:
+        if not ids:
             raise ValueError(f"{name} is empty; leave such answers out.")
         for one in ids:
             if not 0 <= one < vocab_size:
                 raise ValueError(
-                    f"{name} has the id {one}, but the target's vocabulary has {vocab_size} "
+                    f"{name} has the id {shown(one)}, but the target's vocabulary has {vocab_size} "
                     "tokens; give answers of this target."
                 )
     category = value.get("category")
-    if category is not None and not isinstance(category, str):
-        raise ValueError(f"category is {category!r}; it must be a string.")
+    if category is not None and not is_text(category):
+        raise ValueError(f"category is {shown(category)}; it must be a string.")
     reason = value.get("finish_reason")
     if reason not in (None, "stop", "length"):
-        raise ValueError(f"finish_reason is {reason!r}; it must be 'stop' or 'length'.")
+        raise ValueError(f"finish_reason is {shown(reason)}; it must be 'stop' or 'length'.")
+    limit = value.get("max_tokens")
+    if limit is not None and (type(limit) is not int or limit < len(value["token_ids"])):
+        raise ValueError(
+            f"max_tokens is {shown(limit)}; it must be a whole number, no less than token_ids has."
+        )
     return Recorded(
         value["prompt_token_ids"],
         value["token_ids"],
         category,
-        value.get("continuation", []),
         reason,
+        limit,
     )
 
 

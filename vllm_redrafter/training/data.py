@@ -23,19 +23,12 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from vllm_redrafter import __version__
-from vllm_redrafter.drafter.config import read_json
-from vllm_redrafter.training.dataset import (
-    FORMAT,
-    FORMAT_VERSION,
-    MANIFEST,
-    read_manifest,
-    read_shard,
-    read_states,
-    shard_texts,
-)
+from vllm_redrafter.drafter.config import DrafterError, read_json
+from vllm_redrafter.reading import is_integer
 from vllm_redrafter.training.errors import TrainingError
 from vllm_redrafter.training.files import locked, make_directory, sha256, write_atomic, write_json
 from vllm_redrafter.training.generate import Answer, Engine, Request, start_engines
+from vllm_redrafter.training.manifest import FORMAT, FORMAT_VERSION, MANIFEST, read_manifest
 from vllm_redrafter.training.options import DataOptions, decisive
 from vllm_redrafter.training.prompts import (
     ChatTokens,
@@ -46,6 +39,7 @@ from vllm_redrafter.training.prompts import (
     read_prompts,
 )
 from vllm_redrafter.training.repeats import repeats_more_than
+from vllm_redrafter.training.shards import read_shard, read_states, shard_texts
 from vllm_redrafter.training.target import vocab_sha256
 
 INVENTED = 10_000
@@ -182,8 +176,7 @@ def _manifest(
     total: int,
 ) -> dict[str, Any]:
     """A manifest without shards. It names no directories: a dataset may be passed on."""
-    config = read_json(Path(options.target) / "config.json")
-    sizes = config.get("text_config") or config
+    sizes = _sizes(options.target)
     recorded = decisive(options)
     for name in ("target", "out", "prompts"):
         del recorded[name]
@@ -220,7 +213,8 @@ def _continue(
 ) -> dict[str, Any]:
     """The manifest of an earlier run with the same options; shards that are not whole leave it."""
     manifest = read_manifest(out)
-    manifest["options"].setdefault("hidden_states", False)  # written before there was a choice
+    # Written before there was a choice.
+    manifest.setdefault("options", {}).setdefault("hidden_states", False)
     for name in ("target", "tokenizer_sha256", "vocab_size", "source", "prompts", "options"):
         before, now = manifest.get(name), fresh[name]
         if before == now:
@@ -432,9 +426,20 @@ def _answer_key(token_ids: list[int]) -> bytes:
 
 def _context(options: DataOptions) -> int:
     """The longest text: as asked for, but never more than the target knows."""
-    config = read_json(Path(options.target) / "config.json")
-    known = (config.get("text_config") or config).get("max_position_embeddings")
-    return min(options.max_model_len, known or options.max_model_len)
+    known = _sizes(options.target).get("max_position_embeddings")
+    return min(options.max_model_len, known) if is_integer(known, 1, 2**62) else (
+        options.max_model_len
+    )
+
+
+def _sizes(target: str) -> dict[str, Any]:
+    """The part of the target's config.json that has the language model's sizes."""
+    try:
+        config = read_json(Path(target) / "config.json")
+    except DrafterError as error:
+        raise TrainingError(f"the target's {error}") from error
+    text = config.get("text_config")
+    return text if text and isinstance(text, dict) else config
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ Two sources: shards and a manifest, as `vllm-redrafter data` writes them, and di
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as load_bytes
 from torch import Tensor
 
+from vllm_redrafter.drafter.checkpoint import WEIGHT_DTYPES
+from vllm_redrafter.reading import one_line, shown
 from vllm_redrafter.training.errors import TrainingError
-from vllm_redrafter.training.files import sha256
+from vllm_redrafter.training.manifest import MANIFEST, read_manifest
+from vllm_redrafter.training.shards import read_shard, shard_texts
 
-MANIFEST = "manifest.json"
-FORMAT, FORMAT_VERSION = "vllm-redrafter-data", 1
+_LARGEST_ID = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def check_fits(dataset: Dataset, vocab_size: int, tokenizer_sha256: str | None, 
     if recorded and tokenizer_sha256 and recorded != tokenizer_sha256:
         raise TrainingError(
             f"the dataset in '{where}' was made with another tokenizer (target "
-            f"{dataset.manifest.get('target')!r}); use that target, or make the data anew."
+            f"{shown(dataset.manifest.get('target'))}); use that target, or make the data anew."
         )
     size = dataset.manifest.get("vocab_size")
     if size is not None and size != vocab_size:
@@ -110,7 +111,7 @@ def check_fits(dataset: Dataset, vocab_size: int, tokenizer_sha256: str | None, 
             f"the dataset in '{where}' was made with a vocabulary of {size}, but the target has "
             f"{vocab_size}; use the target that made it."
         )
-    top = max(int(tokens.max()) for tokens in dataset.tokens)
+    top = max((int(tokens.max()) for tokens in dataset.tokens if len(tokens)), default=0)
     if top >= vocab_size:
         raise TrainingError(
             f"the dataset in '{where}' holds token {top}, but the target's vocabulary has "
@@ -118,62 +119,12 @@ def check_fits(dataset: Dataset, vocab_size: int, tokenizer_sha256: str | None, 
         )
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """``manifest.json`` of a dataset; raises TrainingError when it is not one of ours."""
-    path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        fits = manifest["format"] == FORMAT and manifest["version"] == FORMAT_VERSION
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(
-            f"'{path}' is not a dataset's manifest ({error}); give another directory."
-        ) from error
-    if not fits:
-        raise TrainingError(
-            f"'{path}' has format {manifest['format']!r} version {manifest['version']!r}, not "
-            f"{FORMAT!r} version {FORMAT_VERSION}; make the data anew."
-        )
-    return manifest
-
-
-def read_shard(directory: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
-    """One shard's tensors, checked against the manifest's hash.
-
-    Raises:
-        TrainingError: missing or changed.
-    """
-    return _checked(directory / entry["file"], entry["sha256"])
-
-
-def read_states(directory: Path, entry: dict[str, Any]) -> Tensor:
-    """``[A, H]``, one shard's hidden states, checked like the shard."""
-    return _checked(directory / entry["states"], entry["states_sha256"])["states"]
-
-
-def _checked(path: Path, wanted: str) -> dict[str, Tensor]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise TrainingError(f"the shard '{path}' cannot be read ({error.strerror}).") from error
-    if sha256(data) != wanted:
-        raise TrainingError(
-            f"the shard '{path}' is not what the manifest recorded (sha256 differs); run "
-            "`vllm-redrafter data` with the same options again: it makes this shard anew."
-        )
-    return load_bytes(data)
-
-
-def shard_texts(shard: dict[str, Tensor]) -> Iterator[tuple[Tensor, int]]:
-    """Of every sequence of a shard its ids ``[n]`` int32, and how many of them are the prompt."""
-    lengths = shard["offsets"].diff().tolist()
-    yield from zip(shard["tokens"].split(lengths), shard["prompt_lengths"].tolist(), strict=True)
-
-
 def _load_shards(directory: Path, max_length: int | None) -> Dataset:
     manifest = read_manifest(directory)
     tokens, answer = [], []
     # Per sequence: file and first row of its states, None where there are none.
     stored: list[tuple[Path, int] | None] = []
+    widths: set[int] = set()
     for entry in sorted(manifest["shards"], key=lambda entry: entry["file"]):
         path = directory / entry["states"] if "states" in entry else None
         row = 0
@@ -184,7 +135,12 @@ def _load_shards(directory: Path, max_length: int | None) -> Dataset:
             tokens.append(ids)
             answer.append(torch.arange(len(ids)) >= prompt)
         if path is not None:
-            _check_states(path, row)
+            widths.add(_check_states(path, row))
+    if len(widths) > 1:
+        raise TrainingError(
+            f"'{directory}' holds states of different sizes, {sorted(widths)}; they are of several "
+            "targets: make the data anew."
+        )
 
     def hidden(number: int) -> Tensor | None:
         place = stored[number]
@@ -193,7 +149,7 @@ def _load_shards(directory: Path, max_length: int | None) -> Dataset:
         path, row = place
         said = int(answer[number].sum())
         with _opened(path) as file:
-            rows = file.get_slice("states")[row : row + said]
+            rows = _finite(file.get_slice("states")[row : row + said], path)
         # Each answer token's row is the state of the token before it.
         states = rows.new_zeros(len(tokens[number]), rows.shape[1])
         first = len(states) - said - 1
@@ -203,73 +159,131 @@ def _load_shards(directory: Path, max_length: int | None) -> Dataset:
     return Dataset(tokens, answer, manifest, hidden if any(stored) else None)
 
 
-def _check_states(path: Path, rows: int) -> None:
-    """Raise TrainingError unless a shard's states are there, one per answer token."""
+def _check_states(path: Path, rows: int) -> int:
+    """Their size H; raises TrainingError unless a shard's states are there, one per answer token.
+    """
     with _opened(path) as file:
-        found = file.get_slice("states").get_shape() if "states" in file.keys() else []
-    if len(found) != 2 or found[0] != rows:
+        found, dtype = [], torch.float32
+        if "states" in file.keys():
+            found, dtype = file.get_slice("states").get_shape(), _dtype(file, "states")
+    if len(found) != 2 or found[0] != rows or found[1] < 1 or dtype not in WEIGHT_DTYPES:
         raise TrainingError(
-            f"'{path}' holds states of shape {list(found)}, but its shard has {rows} answer "
-            "tokens; run `vllm-redrafter data` with the same options again to make them anew."
+            f"'{path}' holds {str(dtype).removeprefix('torch.')} states of shape {list(found)}, "
+            f"but its shard has {rows} answer tokens; run `vllm-redrafter data` with the same "
+            "options again to make them anew."
         )
+    return found[1]
+
+
+def _dtype(file: Any, name: str) -> torch.dtype:
+    return file.get_tensor(name).dtype
+
+
+def _finite(states: Tensor, path: Path) -> Tensor:
+    """``states``; raises TrainingError where one is not finite, as it would spoil all weights."""
+    if not states.isfinite().all():
+        raise TrainingError(
+            f"'{path}' holds hidden states that are not finite; write or copy it again, in "
+            "bfloat16 or float32 if it was written in float16."
+        )
+    return states
 
 
 def hidden_state_files(directory: Path) -> list[Path]:
     """``hs_{i}.safetensors`` in the order of their numbers."""
-    found = {
-        int(match[1]): path
+    found = [
+        (int(match[1]), path)
         for path in directory.iterdir()
-        if (match := re.fullmatch(r"hs_(\d+)\.safetensors", path.name))
-    }
-    return [found[number] for number in sorted(found)]
+        if (match := re.fullmatch(r"hs_([0-9]+)\.safetensors", path.name))
+    ]
+    return [path for _, path in sorted(found)]
 
 
 def _load_hidden_states(files: list[Path], max_length: int | None) -> Dataset:
     """``token_ids [n]``, ``hidden_states [n, layers, H]``, optionally ``loss_mask [n]``."""
     tokens, answer = [], []
+    widths: set[int] = set()
     for path in files:
-        with _opened(path) as file:
-            names = set(file.keys())
-            if not {"token_ids", "hidden_states"} <= names:
-                raise TrainingError(
-                    f"'{path}' holds {', '.join(sorted(names)) or 'nothing'}, not token_ids and "
-                    "hidden_states; remove it or give another directory."
-                )
-            ids = file.get_tensor("token_ids").flatten().to(torch.int32)
-            shape = file.get_slice("hidden_states").get_shape()
-            if len(shape) != 3 or shape[0] != len(ids):
-                raise TrainingError(
-                    f"'{path}': hidden_states has shape {list(shape)}, but [{len(ids)}, layers, "
-                    "hidden_size] is needed for its token_ids; write the file again."
-                )
-            mask = torch.ones(len(ids), dtype=torch.bool)
-            if "loss_mask" in names:
-                mask = file.get_tensor("loss_mask").flatten().bool()
+        ids, mask, width = _hidden_state_file(path)
         tokens.append(ids[:max_length])
         answer.append(mask[:max_length])
+        widths.add(width)
+    if len(widths) > 1:
+        raise TrainingError(
+            f"'{files[0].parent}' holds hidden states of different sizes, {sorted(widths)}; they "
+            "are of several targets: give a directory for each."
+        )
 
     def hidden(number: int) -> Tensor:
         with _opened(files[number]) as file:
             # The last slot is the last layer; the others are for drafters of other kinds.
-            return file.get_slice("hidden_states")[: len(tokens[number])][:, -1]
+            rows = file.get_slice("hidden_states")[: len(tokens[number])][:, -1]
+            return _finite(rows, files[number]).clone()
 
     return Dataset(tokens, answer, {}, hidden)
 
 
-class _opened:
-    """``safe_open`` whose failures name the file and the cure."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Any:
-        try:
-            self.file = safe_open(self.path, framework="pt")
-            return self.file.__enter__()
-        except (SafetensorError, OSError) as error:
+def _hidden_state_file(path: Path) -> tuple[Tensor, Tensor, int]:
+    """Of one file the ids ``[n]`` int32, the answer's mask ``[n]`` bool, and the states' size H."""
+    with _opened(path) as file:
+        names = set(file.keys())
+        if not {"token_ids", "hidden_states"} <= names:
             raise TrainingError(
-                f"'{self.path}' cannot be read ({error}); write or copy it again."
-            ) from error
+                f"'{path}' holds {shown(sorted(names)) if names else 'nothing'}, not token_ids "
+                "and hidden_states; remove it or give another directory."
+            )
+        ids = _token_ids(file.get_tensor("token_ids"), path)
+        shape = file.get_slice("hidden_states").get_shape()
+        if len(shape) != 3 or shape[0] != len(ids) or 0 in shape:
+            raise TrainingError(
+                f"'{path}': hidden_states has shape {list(shape)}, but [{len(ids)}, layers, "
+                "hidden_size] is needed for its token_ids; write the file again."
+            )
+        dtype = _dtype(file, "hidden_states")
+        if dtype not in WEIGHT_DTYPES:
+            raise TrainingError(
+                f"'{path}': hidden_states is {dtype}; write it as bfloat16, float16 or float32."
+            )
+        mask = torch.ones(len(ids), dtype=torch.bool)
+        if "loss_mask" in names:
+            mask = _loss_mask(file.get_tensor("loss_mask"), len(ids), path)
+    return ids, mask, shape[2]
 
-    def __exit__(self, *exc: Any) -> None:
-        self.file.__exit__(*exc)
+
+def _token_ids(stored: Tensor, path: Path) -> Tensor:
+    """The ids as int32 in memory of their own; raises TrainingError for what is no token id."""
+    if stored.is_floating_point() or stored.is_complex() or stored.dtype is torch.bool:
+        raise TrainingError(
+            f"'{path}': token_ids is {stored.dtype}; token ids must be stored as integers."
+        )
+    ids = stored.flatten().to(torch.int64)
+    if not len(ids):
+        raise TrainingError(f"'{path}' has no token_ids in it; remove it.")
+    if ids.min() < 0 or ids.max() > _LARGEST_ID:
+        raise TrainingError(
+            f"'{path}': token_ids holds {int(ids.min())} to {int(ids.max())}; token ids are from "
+            f"0 to {_LARGEST_ID}: write the file again."
+        )
+    return ids.to(torch.int32)
+
+
+def _loss_mask(stored: Tensor, length: int, path: Path) -> Tensor:
+    mask = stored.flatten()
+    if len(mask) != length or not ((mask == 0) | (mask == 1)).all():
+        raise TrainingError(
+            f"'{path}': loss_mask has shape {list(stored.shape)} and must hold 0 or 1 for each of "
+            f"its {length} token_ids; write the file again."
+        )
+    return mask.bool()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """``safe_open`` whose failures, and those of reading, name the file and the cure."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise TrainingError(
+            f"'{path}' cannot be read ({one_line(error)}); write or copy it again."
+        ) from error

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from vllm_redrafter.reading import parse_json
 from vllm_redrafter.training.errors import TrainingError
 
 
@@ -30,6 +30,17 @@ def numbered_lines(path: str | Path, flag: str) -> list[tuple[int, bytes]]:
 def parse_line(line: bytes) -> Any:
     """The line's value; raises ValueError where it is not JSON in UTF-8."""
     try:
-        return json.loads(line.decode("utf-8"))
+        return parse_json(line.decode("utf-8"))
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from error
+
+
+def is_text(value: Any) -> bool:
+    """Whether ``value`` is a string that can be written: JSON has halves of surrogate pairs too."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from vllm_redrafter.reading import parse_json
 from vllm_redrafter.training.errors import missing
 
 LOG = "log.jsonl"
@@ -48,15 +50,29 @@ class Log:
 
 
 def read_log(directory: Path) -> list[dict[str, Any]]:
-    """The lines so far; a last line that was cut off by a crash is left out."""
+    """The lines so far, up to one that is none: a crash may have cut it off."""
     path = directory / LOG
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for text in path.read_bytes().split(b"\n") if path.is_file() else []:
         try:
-            lines.append(json.loads(text))
+            line = parse_json(text.decode("utf-8"))
         except ValueError:
             break
+        if not _is_line(line):
+            break
+        lines.append(line)
     return lines
+
+
+def _is_line(value: Any) -> bool:
+    """Whether it is what ``Log.write`` gets, as far as it is ever read."""
+    if not isinstance(value, dict) or type(value.get("step")) is not int:
+        return False
+    losses = [value[key] for key in ("loss", "eval_loss") if key in value]
+    shares = [value[key] for key in ("top1", "eval_top1") if key in value]
+    if not all(isinstance(one, list) for one in shares):
+        return False
+    return all(type(one) in (int, float) for one in chain(losses, *shares))
 
 
 def can_plot() -> bool:
@@ -79,7 +95,8 @@ def plot(directory: Path) -> Path:
     key = "eval_top1" if any("eval_top1" in line for line in lines) else "top1"
     shown = [line for line in lines if key in line]
     for depth in range(len(shown[0][key]) if shown else 0):
-        right.plot([s["step"] for s in shown], [s[key][depth] for s in shown],
+        deep = [s for s in shown if depth < len(s[key])]
+        right.plot([s["step"] for s in deep], [s[key][depth] for s in deep],
                    label=f"draft position {depth + 1}")  # fmt: skip
     title = "first guess right, " + ("held out" if key == "eval_top1" else "training")
     right.set(xlabel="step", ylabel="share", ylim=(0, 1), title=title)

@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_redrafter.lookup.sizes import MAX_DEPTH
 from vllm_redrafter.training.errors import TrainingError
 
 
@@ -185,8 +186,8 @@ class EvalOptions:
         '{"prompt_token_ids": [...], "token_ids": [...], "category": "..."}; or a directory that '
         "`vllm-redrafter data` made, of which the answers at temperature 0 are taken. It should "
         "not be the one that the drafter was trained on. Two more keys make the end of an answer "
-        'count as in vLLM: "continuation", the ids that would follow, and "finish_reason", "stop" '
-        'or "length"', required=True)  # fmt: skip
+        'count as in vLLM: "finish_reason", "stop" or "length", and "max_tokens", the limit of the '
+        "request", required=True)  # fmt: skip
     out: str | None = option(None, "directory for report.md, report.json and acceptance.png",
                              required=True)  # fmt: skip
     settings: tuple[str, ...] = option(
@@ -194,8 +195,16 @@ class EvalOptions:
         "beam width, draft length and most drafted nodes, as W,L,N; several are separated by "
         "spaces")  # fmt: skip
     tree: str = option("best", "rule that turns a draft into a tree", choices=("best", "beams"))
+    lookup: bool | None = option(
+        None, "candidates from the text's own earlier tokens compete with the drafter's, as in the "
+        "engine; default: with the tree best, which alone allows it")  # fmt: skip
+    lookup_tokens: int = option(MAX_DEPTH, "how far the lookup follows an earlier occurrence",
+                                minimum=1)  # fmt: skip
+    node_budget: str = option(
+        "fixed", "fixed: all of a tree's N nodes; auto: in each step as many as pay by --costs, as "
+        "in the engine for one request", choices=("fixed", "auto"))  # fmt: skip
     costs: str | None = option(
-        None, "JSON file with measured milliseconds of one machine, for predictions: "
+        None, "file of `vllm-redrafter calibrate`, for predictions; or measured milliseconds: "
         '{"plain_ms": x, "draft_ms": x or {"W,L": x, ...}, "rows_ms": {"1": x, "4": x, ...}}; '
         "without it no setting is recommended")  # fmt: skip
     target_dtype: str = option(
@@ -210,6 +219,22 @@ class EvalOptions:
         check(self)
         if not self.settings:
             raise TrainingError("--settings is empty; give at least one, such as 4,3,7.")
+        if self.node_budget == "auto" and (self.costs is None or self.tree == "beams"):
+            raise TrainingError(
+                "--node-budget auto weighs nodes by measured times: give --costs, a file of "
+                "`vllm-redrafter calibrate`, and --tree best."
+            )
+        if self.lookup and self.tree == "beams":
+            raise TrainingError(
+                "--lookup was given, but the tree 'beams' holds the drafter's beams alone; give "
+                "--tree best, or leave --lookup out."
+            )
+
+    @property
+    def looked_up(self) -> int:
+        """Tokens that the lookup follows, 0 for no lookup."""
+        on = self.tree == "best" if self.lookup is None else self.lookup
+        return self.lookup_tokens if on else 0
 
 
 def check(options: Any) -> None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_redrafter.reading import one_line
 from vllm_redrafter.training.errors import TrainingError, missing
-from vllm_redrafter.training.jsonl import numbered_lines, parse_line
+from vllm_redrafter.training.jsonl import is_text, numbered_lines, parse_line
 
 Conversation = list[dict[str, str]]
 
@@ -72,7 +73,7 @@ def parse_conversation(value: Any) -> Conversation:
     if not isinstance(value, dict):
         raise ValueError(f"it is a {type(value).__name__}, not an object")
     if "prompt" in value:
-        if not isinstance(value["prompt"], str) or not value["prompt"].strip():
+        if not is_text(value["prompt"]) or not value["prompt"].strip():
             raise ValueError('"prompt" is not a text, or an empty one')
         return [{"role": "user", "content": value["prompt"]}]
     if "messages" not in value:
@@ -83,7 +84,7 @@ def parse_conversation(value: Any) -> Conversation:
     conversation = []
     for message in messages:
         role, content = message.get("role"), message.get("content")
-        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+        if role not in ("system", "user", "assistant") or not is_text(content):
             raise ValueError("a message lacks a known role or a text as content")
         conversation.append({"role": role, "content": content})
     while conversation and conversation[-1]["role"] != "user":
@@ -194,8 +195,10 @@ class ChatTokens:
             )
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(directory))
-        except (OSError, ValueError, KeyError) as error:
-            raise TrainingError(f"'{directory}' has no usable tokenizer: {error}") from error
+        except Exception as error:  # broken files make it raise many kinds
+            raise TrainingError(
+                f"'{directory}' has no usable tokenizer ({one_line(error)})."
+            ) from error
         self.raw = raw
         if not raw and not self.tokenizer.chat_template:
             raise TrainingError(
@@ -249,8 +252,8 @@ class ChatTokens:
             return self.tokenizer.apply_chat_template(conversation, tokenize=False, **keywords)
         except Exception as error:  # templates raise whatever they like
             raise TrainingError(
-                f"the target's chat template refuses a conversation ({error}); leave it out of "
-                "the prompts."
+                f"the target's chat template refuses a conversation ({one_line(error)}); leave it "
+                "out of the prompts."
             ) from error
 
     def _ids(self, text: str) -> list[int]:

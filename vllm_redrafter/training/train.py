@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,12 +18,15 @@ from torch import distributed as dist
 
 from vllm_redrafter.drafter.checkpoint import save_drafter
 from vllm_redrafter.drafter.config import DrafterConfig
+from vllm_redrafter.drafter.fingerprint import FIELD
+from vllm_redrafter.reading import one_line, shown
 from vllm_redrafter.training import vocabulary
 from vllm_redrafter.training.batches import Group, Schedule, make_group, num_anchors, pack, split
 from vllm_redrafter.training.dataset import check_fits, join, load_dataset
 from vllm_redrafter.training.defaults import resolve
 from vllm_redrafter.training.errors import TrainingError, missing
 from vllm_redrafter.training.files import make_directory, write_atomic, write_json
+from vllm_redrafter.training.fingerprint import of_target
 from vllm_redrafter.training.log import Log, can_plot, plot
 from vllm_redrafter.training.losses import linear_cross_entropy, why_not_compiled
 from vllm_redrafter.training.model import TrainableDrafter
@@ -92,13 +94,14 @@ class _Run:
         saved = self._read_checkpoint()
         datasets = [load_dataset(directory, options.max_length) for directory in options.data]
         self.target = Target(options.target, options.target_dtype, self.device)
+        # First of all: the target must not be given tokens that it does not know.
+        tokenizer = tokenizer_sha256(options.target) if any(d.manifest for d in datasets) else None
+        for dataset, directory in zip(datasets, options.data, strict=True):
+            check_fits(dataset, self.target.vocab_size, tokenizer, directory)
         self.dataset = join([with_finished_states(self.target, dataset) for dataset in datasets])
         begin = load_start(options, self.target)
         self.options = options = with_shape_of(options, begin)
         self.recipe = resolve(options, self.target.hidden_size, self.target.vocab_size)
-        tokenizer = tokenizer_sha256(options.target) if self.dataset.manifest else None
-        for dataset, directory in zip(datasets, options.data, strict=True):
-            check_fits(dataset, self.target.vocab_size, tokenizer, directory)
         self.cache: dict[int, Tensor] | None = {} if options.cache else None
         self.members, self.held_out = split(self.dataset, options.held_out, options.seed)
         if not self.members:
@@ -311,37 +314,53 @@ class _Run:
             return None
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+        except Exception as error:  # a damaged pickle fails in any way
             raise TrainingError(
                 f"'{path}' cannot be read ({type(error).__name__}); remove it to start anew."
             ) from error
+        kinds = {"step": int, "options": dict, "members": list, "model": dict, "optimizer": dict,
+                 "rng": Tensor}  # fmt: skip
+        for name, kind in kinds.items():
+            if not isinstance(saved, dict) or not isinstance(saved.get(name), kind):
+                raise TrainingError(
+                    f"'{path}' has no {name}, so it is no checkpoint; remove it to start anew."
+                )
         return saved
 
     def _restore(self, saved: dict[str, Any]) -> None:
         now = self._deciding()
         for name, before in saved["options"].items():
             # Directories may have moved; what is in them is compared by other means.
-            if name not in ("target", "data", "out", "init") and now.get(name) != before:
+            moves = name in ("target", "data", "out", "init")
+            if not moves and not _equal(now.get(name), before):
                 raise TrainingError(
-                    f"the run in '{self.out}' had {name} {before!r}, now it is {now.get(name)!r}; "
-                    "resume with the same options, or give another --out."
+                    f"the run in '{self.out}' had {shown(name)} {shown(before)}, now it is "
+                    f"{now.get(name)!r}; resume with the same options, or give another --out."
                 )
-        if saved["members"] != self._fingerprint():
+        if not _equal(saved["members"], self._fingerprint()):
             raise TrainingError(
                 f"the run in '{self.out}' was on other data; resume with the same --data, or give "
                 "another --out."
             )
-        self.model.load_state_dict(saved["model"], strict=False)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng"])
+        try:
+            found = self.model.load_state_dict(saved["model"], strict=False)
+            lost = set(found.missing_keys) - self._not_saved()
+            if lost or found.unexpected_keys or saved["step"] < 0:
+                raise ValueError(f"{len(lost)} tensors are missing, step {saved['step']}")
+            self.optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["rng"])
+        except Exception as error:  # other shapes and types fail in any way
+            raise TrainingError(
+                f"'{self.aside / CHECKPOINT}' does not fit this run ({one_line(error)}); "
+                "remove it to start anew."
+            ) from error
         self.done = saved["step"]
 
     def _save_checkpoint(self) -> None:
         buffer = io.BytesIO()
         model = self.model.state_dict()
-        if self.options.head == "shared":
-            # Frozen and large, and the target has it.
-            del model[f"drafter.lm_head.{self.recipe.blocks}.weight"]
+        for name in self._not_saved():
+            del model[name]
         torch.save(
             {
                 "step": self.done,
@@ -355,6 +374,11 @@ class _Run:
         )
         write_atomic(self.aside / CHECKPOINT, buffer.getvalue())
 
+    def _not_saved(self) -> set[str]:
+        """Tensors that no checkpoint holds: a shared head is frozen and large, and the target's."""
+        shared = self.options.head == "shared"
+        return {f"drafter.lm_head.{self.recipe.blocks}.weight"} if shared else set()
+
     def _deciding(self) -> dict[str, Any]:
         """Options that decide what comes out, with the recipe's values for those not given."""
         return {**decisive(self.options), **asdict(self.recipe), "world": self.world}
@@ -366,7 +390,10 @@ class _Run:
         options = self.options
         dtype = getattr(torch, options.save_dtype)
         drafter = self.model.export(self.vocabulary.ids, dtype)
-        fields: dict[str, Any] = {"target": self.target.name}
+        fields: dict[str, Any] = {
+            "target": self.target.name,
+            FIELD: of_target(self.target, options.target).to_json(),
+        }
         if options.offsets < 3:
             fields["draft_length"] = options.offsets  # deeper drafts were never trained
         try:
@@ -376,6 +403,14 @@ class _Run:
                 f"the drafter cannot be written to '{self.out}' ({error}); the run is kept: free "
                 "some space and run again with --resume."
             ) from error
+
+
+def _equal(ours: Any, read: Any) -> bool:
+    """``==`` for what a file says: tensors in it have no truth value."""
+    try:
+        return bool(ours == read)
+    except RuntimeError:
+        return False
 
 
 class _Totals:
@@ -425,6 +460,8 @@ def _schedule(step: int, steps: int, warmup: float) -> float:
 class _processes:
     """This process's rank, the number of processes and its local number under torchrun."""
 
+    _ours = False
+
     def __enter__(self) -> tuple[int, int, int | None]:
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world == 1:
@@ -433,10 +470,12 @@ class _processes:
         if torch.cuda.is_available():
             torch.cuda.set_device(local)
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        self._ours = True
         return dist.get_rank(), world, local
 
     def __exit__(self, *exc: Any) -> None:
-        if dist.is_available() and dist.is_initialized():
+        # A caller's groups, an engine's for example, stay as they are.
+        if self._ours:
             dist.destroy_process_group()
 
 

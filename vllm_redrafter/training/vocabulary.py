@@ -98,6 +98,8 @@ def read_counts(source: Path, vocab_size: int) -> Tensor:
     for number, count in enumerate(counts, start=1):
         if count < 0:
             raise TrainingError(f"{source}, line {number}: {count} is not a count.")
+    if sum(counts) >= 2**63:
+        raise TrainingError(f"{source} counts more than 2^63 tokens; give counts of real text.")
     if not any(counts):
         raise TrainingError(f"{source} counts no token at all; give counts of real text.")
     return torch.tensor(counts, dtype=torch.int64)
