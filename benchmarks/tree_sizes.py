@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tree pays: plain vLLM, chains and trees of several sizes on the same MT-bench prompts.
+"""Which tree pays: plain vLLM, chains and trees of several fixed sizes on the same prompts.
 
 Every setting is an engine in a process of its own and all take turns (see
 ``vllm_redrafter.demo.compare``). Needs about 1.5 GB of memory per setting and a quiet machine:
@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_redrafter.cli.demo import BUNDLED_DRAFTER
-from vllm_redrafter.demo.compare import Comparison, Settings, compare
+from vllm_redrafter.demo.compare import Comparison, compare
 from vllm_redrafter.demo.engine_process import SpecCounters
+from vllm_redrafter.demo.engines import Settings
 from vllm_redrafter.demo.prompts import chat_token_ids, mt_bench, spread
 from vllm_redrafter.demo.target import smollm2
+from vllm_redrafter.demo.variants import BUNDLED_DRAFTER
 
 PLAIN = "plain vLLM"
 
@@ -34,6 +35,8 @@ def main() -> None:
         help="beam width, draft length, nodes (default %(default)s)",
     )
     parser.add_argument("--tree", default="best", choices=("best", "beams"))
+    parser.add_argument("--lookup", action=argparse.BooleanOptionalAction, default=True,
+                        help="continuations from the text compete in the tree best")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--prompts", type=int, default=16)
@@ -52,6 +55,8 @@ def main() -> None:
             "draft_length": length,
             "num_speculative_tokens": nodes,
             "tree": args.tree,
+            "prompt_lookup": args.lookup and args.tree == "best",
+            "node_budget": "fixed",
         }
     target = smollm2()
     settings = Settings(
