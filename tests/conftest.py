@@ -3,18 +3,10 @@
 
 from __future__ import annotations
 
-import os
-
+import environment
 import pytest
 
-# Small models gain nothing from threads, and spinning ones slow each other down.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+environment.set_defaults()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +14,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from engine_v2.process import needs_v2
+
+    # What waits for Model Runner V2's process comes last, each module in one piece.
+    waiting = {item.path for item in items if needs_v2(item)}
+    items.sort(key=lambda item: item.path in waiting)
     # Deselected, not skipped: a test that did not run must not look like one that did.
     if config.getoption("--slow") or "slow" in config.getoption("-m"):
         return
@@ -29,3 +26,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    from engine_v2.process import start
+
+    start(session)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    from engine_v2.process import stop
+
+    stop(session)

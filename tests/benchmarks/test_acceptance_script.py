@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,7 +14,7 @@ from benchmark_scripts import load_script
 
 from vllm_redrafter.demo.engine_process import SpecCounters, _request_counters
 from vllm_redrafter.training.answers import Recorded
-from vllm_redrafter.training.evaluate import Setting
+from vllm_redrafter.training.replay import Setting
 
 LOOP = [1, 2, 3, 4] * 10
 
@@ -35,9 +36,9 @@ def asked(script):
 @pytest.fixture
 def recorded():
     return [
-        Recorded([7], list(range(30)), "MT-bench: math", [5, 6], "stop"),
-        Recorded([8], LOOP, "MT-bench: writing", [1], "length"),
-        Recorded([9], [3, 4], "HumanEval", [], "stop"),
+        Recorded([7], list(range(30)), "MT-bench: math", "stop"),
+        Recorded([8], LOOP, "MT-bench: writing", "length"),
+        Recorded([9], [3, 4], "HumanEval", "stop"),
     ]
 
 
@@ -70,6 +71,7 @@ class FakeEngine:
             finish_reasons=["stop", "length", "stop"][mine],
             request_spec=self.counters[mine],
             spec=sum(self.counters[mine], self.lost),
+            own={"accepted_by_source": {"drafter": 1, "lookup": 2}},
         )
 
 
@@ -86,7 +88,8 @@ def fake(script, monkeypatch, recorded):
 
 def options(**changed) -> argparse.Namespace:
     values = {"drafter": Path("some-drafter"), "target": Path("some-target"), "tree": "best",
-              "max_tokens": 40, "dtype": "float32", "batch_size": 2} | changed  # fmt: skip
+              "max_tokens": 40, "dtype": "float32", "batch_size": 2,
+              "lookup": None} | changed  # fmt: skip
     return argparse.Namespace(**values)
 
 
@@ -112,8 +115,26 @@ def test_counts_are_attributed_to_groups(script, fake, asked, recorded):
     }
     text = script.markdown(figures)
     assert "| MT-bench | 2 | 70 | 1.929 |" in text and "| HumanEval, looping | 0 | 0 |  |" in text
+    assert "(drafter / lookup / both): 4,3,7: 33% / 67% / 0%." in text
+    assert "`best` with lookup in the text" in text
     assert "4,3,7: 3 of 3" in text and "Answer with the whole function" in text
     json.dumps(figures, allow_nan=False)
+
+
+def test_trees_are_those_of_the_replay(script, fake, recorded, monkeypatch):
+    """All nodes in every step; a lookup where the tree's rule knows one, unless it is refused."""
+    configs = []
+
+    class Engine(fake):
+        def __init__(self, target, speculation, args):
+            super().__init__(target, speculation, args)
+            configs.append(speculation)
+
+    monkeypatch.setattr(script, "Engine", Engine)
+    for changed in ({}, {"lookup": False}, {"tree": "beams"}):
+        script.measure(Setting(4, 3, 7), recorded, Path("t"), options(**changed))
+    assert [config["prompt_lookup"] for config in configs] == [True, False, False]
+    assert {config["node_budget"] for config in configs} == {"fixed"}
 
 
 def test_other_answers_are_a_defect_in_float32_only(script, fake, recorded):
@@ -137,10 +158,10 @@ def test_a_recording_is_read_back_and_only_for_what_it_was_made(
     got = script.record(asked, fake(None, None, None), 40)
     assert [one.answer for one in got] == [one.answer for one in recorded]
     assert [one.finish_reason for one in got] == ["stop", "length", "stop"]
-    assert all(one.continuation == [6] * script.CONTINUATION for one in got)
     path = tmp_path / "answers.jsonl"
     script.write_recorded(path, recorded, "float32", 40)
-    assert script.read_recorded(path, asked, "float32", 40, 50) == recorded
+    limited = [dataclasses.replace(one, max_tokens=40) for one in recorded]
+    assert script.read_recorded(path, asked, "float32", 40, 50) == limited
     with pytest.raises(script.Failed, match="was recorded with"):
         script.read_recorded(path, asked, "bfloat16", 40, 50)
     with pytest.raises(script.Failed, match="was recorded with"):

@@ -8,7 +8,7 @@ import pytest
 
 from vllm_redrafter import cli
 from vllm_redrafter.cli import demo
-from vllm_redrafter.demo import compare as compare_module
+from vllm_redrafter.demo import engines as engines_module
 from vllm_redrafter.demo import prompts as prompts_module
 from vllm_redrafter.demo import target as target_module
 from vllm_redrafter.demo.engine_process import EngineFailed, Generation
@@ -35,9 +35,20 @@ def test_options_are_passed_on():
     )  # fmt: skip
     base = {"method": "redrafter", "model": "d", "draft_length": 2, "tree": "beams", "top_k": 0}
     assert variants["redrafter"] == {**base, "beam_width": 8, "num_speculative_tokens": 7}
-    assert variants["chain"] == {**base, "beam_width": 1}
+    assert variants["chain"] == {**base, "beam_width": 1, "prompt_lookup": False,
+                                 "node_budget": "fixed"}  # fmt: skip
     assert variants["ngram"]["method"] == "ngram"
     assert list(variants) == ["plain", "redrafter", "chain", "ngram"]
+
+
+def test_lookup_and_budget_are_the_engines_own_unless_given():
+    def given(*argv):
+        config = demo.make_variants(parse("--drafter", "d", *argv))["redrafter"]
+        return {name: value for name, value in config.items() if name not in ("method", "model")}
+
+    assert given("--prompt-lookup") == {"prompt_lookup": True}
+    assert given("--no-prompt-lookup", "--node-budget", "fixed") == {
+        "prompt_lookup": False, "node_budget": "fixed"}  # fmt: skip
 
 
 @pytest.mark.parametrize("argv", [["--prompts", "0"], ["--rounds", "x"], ["--tree", "oak"]])
@@ -76,7 +87,7 @@ def fake_demo(monkeypatch, tmp_path):
         wait_ready = peak_rss_bytes = lambda self: 1
 
     Fake.answers, Fake.calls = {}, []
-    monkeypatch.setattr(compare_module, "EngineProcess", Fake)
+    monkeypatch.setattr(engines_module, "EngineProcess", Fake)
     monkeypatch.setattr(target_module, "smollm2", lambda: tmp_path)
     question = prompts_module.Prompt(1, "a", ("QUESTION",))
     monkeypatch.setattr(prompts_module, "mt_bench", lambda: [question])

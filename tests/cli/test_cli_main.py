@@ -61,7 +61,7 @@ def test_help_needs_no_heavy_imports():
 
 
 def test_there_are_scripts():
-    assert [path.name for path in SCRIPTS] == ["demo.sh", "install.sh", "test.sh"]
+    assert [path.name for path in SCRIPTS] == ["demo.sh", "install.sh", "serve.sh", "test.sh"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import vllm_redrafter as vr
 from vllm_redrafter.cli import main
 from vllm_redrafter.training.data import Item, _totals, _write_shard
-from vllm_redrafter.training.dataset import FORMAT, FORMAT_VERSION, MANIFEST
+from vllm_redrafter.training.manifest import FORMAT, FORMAT_VERSION, MANIFEST
 
 BASE = Path(__file__).resolve().parents[1] / "conformance" / "base"
 

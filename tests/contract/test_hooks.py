@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import vllm
 from overriding import attributes_read, overrides
 
 import vllm_redrafter
@@ -52,6 +53,27 @@ def test_a_removed_method_is_reported(monkeypatch):
     monkeypatch.delattr(runner, "_input_fits_in_drafter")
     bad = [hook.where for hook, problem in check_hooks() if problem]
     assert bad == [f"{compat.RUNNER}._input_fits_in_drafter"]
+
+
+def test_what_vllm_asks_of_a_rejection_sampler():
+    """Ours inherits nothing, so whatever vLLM's worker reads of one it must have itself."""
+    from vllm_redrafter.engine.v2.sampler import TreeSampler
+
+    (hook,) = [hook for hook in HOOKS if hook.where.endswith(":RejectionSampler")]
+    root = Path(vllm.__file__).parent
+    folders = [root / name for name in ("v1/worker", "model_executor/warmup")]
+    asked = {
+        node.attr
+        for folder in folders
+        for path in folder.rglob("*.py")
+        # Model Runner V1 is the one file that has another sampler of this name.
+        if path.name != "gpu_model_runner.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node.value).rpartition(".")[2] == "rejection_sampler"
+    }
+    assert asked == set(hook.attributes)
+    assert all(hasattr(TreeSampler, name) for name in asked)
 
 
 # -- what our engine touches, read from its source ----------------------------------------------
@@ -109,7 +131,7 @@ def test_the_scan_sees_every_form_of_import():
         "vllm.v1.outputs:LogprobsTensors",
         "vllm.v1.worker.cpu_worker:CPUWorker",
     }
-    assert not in_table("vllm.v1.outputs:ModelRunnerOutput")
+    assert not in_table("vllm.v1.outputs:PoolerOutput")
 
 
 @pytest.mark.parametrize("path", ENGINE_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

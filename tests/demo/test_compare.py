@@ -7,12 +7,12 @@ import time
 import pytest
 
 from vllm_redrafter.demo import compare as compare_module
+from vllm_redrafter.demo import engines as engines_module
 from vllm_redrafter.demo import report
 from vllm_redrafter.demo.compare import (
     Comparison,
     Equality,
     Run,
-    Settings,
     compare,
     first_difference,
     turned,
@@ -23,6 +23,16 @@ from vllm_redrafter.demo.engine_process import (
     SpecCounters,
     machine_cpu_seconds,
 )
+from vllm_redrafter.demo.engines import Engines, Settings
+from vllm_redrafter.demo.own_counters import (
+    SOURCES,
+    added,
+    budget_facts,
+    gained,
+    shares,
+    totals,
+)
+from vllm_redrafter.tree.candidates import SOURCE_NAMES
 
 
 def run(variant, round_, group, seconds, ids=(1, 2, 3, 4), **generation):
@@ -140,6 +150,49 @@ def test_counters_add_and_subtract():
     assert sum([first, later], SpecCounters()) == first + later
 
 
+def stats(drafts, accepted, expected, steps, ms, drafter, lookup):
+    """As `redrafter_stats` gives them: some are means since start."""
+    return {
+        "steps": steps, "drafts": drafts, "acceptance_length": 1 + accepted / max(drafts, 1),
+        "predicted_acceptance": 1 + expected / max(drafts, 1), "timed_steps": steps,
+        "predicted_step_ms": ms, "real_step_ms": 2 * ms, "draft_shapes": {"4,3": steps},
+        "accepted_by_source": {"drafter": drafter, "lookup": lookup}, "seconds": {"draft": 1.0},
+    }  # fmt: skip
+
+
+def test_own_counters_are_those_of_the_call_alone():
+    idle, before, after = {}, stats(10, 30, 20, 5, 8.0, 25, 5), stats(14, 34, 30, 9, 4.0, 28, 6)
+    call = gained(totals(after), totals(before))
+    assert call["accepted_by_source"] == {"drafter": 3, "lookup": 1}
+    assert shares(call["accepted_by_source"]) == {"drafter": 0.75, "lookup": 0.25}
+    # 4 more drafts with 4 accepted of 10 expected; 4 more steps, 9 x 4 ms but 5 x 8 before.
+    facts = budget_facts(call)
+    assert facts["real_acceptance"] == pytest.approx(2)
+    assert facts["predicted_acceptance"] == pytest.approx(3.5)
+    assert facts["predicted_step_ms"] == pytest.approx(-1) and facts["real_step_ms"] == -2
+    both = budget_facts(added([totals(before), call]))
+    assert both == pytest.approx(budget_facts(totals(after)))
+    assert totals(idle) == gained({}, {}) == budget_facts({}) == shares({}) == {}
+    # An engine that counts less than this version.
+    assert totals({"drafts": 3, "seconds": {"draft": 1.0}}) == {"sums": {"drafts": 3}}
+    assert budget_facts(totals({"drafts": 3})) == {}
+
+
+def test_summary_of_own_counters_and_of_some_groups():
+    own = [gained(totals(stats(2, n, n, 2, 8.0, n, 1)), {}) for n in (1, 3)]
+    runs = [run("plain", 0, g, 1) for g in (0, 1)] + [
+        run("fast", 0, g, 1 + g, own=own[g], spec=SpecCounters(2, 10, 2 * g)) for g in (0, 1)
+    ]
+    summary = comparison(runs).summary("fast")
+    assert summary.accepted_by_source == pytest.approx({"drafter": 2 / 3, "lookup": 1 / 3})
+    assert summary.draft_shapes == {"4,3": 1.0}
+    assert summary.budget["real_acceptance"] == 2 and summary.acceptance_length == 1.5
+    second = comparison(runs).summary("fast", {1})
+    assert second.accepted_by_source == {"drafter": 0.75, "lookup": 0.25}
+    assert second.acceptance_length == 2 and second.tokens_per_second == 2
+    assert comparison(runs).summary("plain").budget == {}
+
+
 def test_looping_answers_are_found():
     loop = [1, 2] * 20
     runs = [run("plain", 0, 0, 1, loop), run("plain", 0, 1, 1, range(40))]
@@ -167,19 +220,26 @@ class FakeEngine:
     log: list[tuple[str, int, int]] = []
     fail_at: str | None = None
     stopped: list[str] = []
+    started: list[str] = []
+    sampled: list[list[dict]] = []
 
     def __init__(self, name, kwargs, env):
         self.name, self.kwargs, self.env = name, kwargs, env
 
     def start(self):
-        pass
+        FakeEngine.started.append(f"{self.name} starts")
 
     def wait_ready(self):
+        FakeEngine.started.append(f"{self.name} is ready")
         return 1.0
 
     def generate(self, prompts, sampling):
         if self.name == self.fail_at:
             raise EngineFailed(f"engine {self.name!r} ended")
+        if isinstance(sampling, list):
+            assert len(sampling) == len(prompts)
+            FakeEngine.sampled.append(sampling)
+            sampling = sampling[0]
         FakeEngine.log.append((self.name, len(prompts), sampling["max_tokens"]))
         return Generation([list(p) for p in prompts], [""] * len(prompts), 1.0, 0.9, 3)
 
@@ -193,7 +253,8 @@ class FakeEngine:
 @pytest.fixture
 def fake_engines(monkeypatch):
     FakeEngine.log, FakeEngine.stopped, FakeEngine.fail_at = [], [], None
-    monkeypatch.setattr(compare_module, "EngineProcess", FakeEngine)
+    FakeEngine.started, FakeEngine.sampled = [], []
+    monkeypatch.setattr(engines_module, "EngineProcess", FakeEngine)
     return FakeEngine
 
 
@@ -216,6 +277,50 @@ def test_variants_alternate_on_the_same_prompts(fake_engines):
     assert sorted(fake_engines.stopped) == ["a", "b"]
 
 
+def test_running_engines_are_used_and_left_running(fake_engines):
+    variants = {"a": None, "b": {"method": "m"}}
+    with Engines("t", variants, Settings(), 4) as engines:
+        for size in (1, 4):
+            result = compare("t", variants, [[1], [2], [3], [4]], Settings(batch_size=size),
+                             engines=engines)  # fmt: skip
+            assert {len(run.prompts) for run in result.runs} == {size}
+            assert result.startup_seconds == {"a": 1.0, "b": 1.0}
+        assert fake_engines.stopped == []
+    assert sorted(fake_engines.stopped) == ["a", "b"]
+
+
+def test_engines_start_one_after_the_other(fake_engines):
+    with Engines("t", {"a": None, "b": None}, Settings(), 4):
+        assert fake_engines.started == ["a starts", "a is ready", "b starts", "b is ready"]
+
+
+def test_after_the_deadline_no_group_starts(fake_engines, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(compare_module.time, "monotonic", lambda: next(clock))
+    prompts, variants = [[1], [2], [3]], {"a": None, "b": None}
+    # The first group asks for no time, the second at 0, the third at 1, round 2 at 2 and 3.
+    result = compare("t", variants, prompts, deadline=2, other_batch_size=2)
+    assert [(run.round, run.group) for run in result.of("b")] == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    assert len(result.of("a")) == 4
+    assert result.ratio("b").per_round == (1.0, 1.0)
+    assert result.ratio("b", {2}).per_round == (1.0,)
+    assert result.self_equality() == Equality(3, 3)
+    # The first one always runs; what never ran is not compared.
+    result = compare("t", variants, prompts, deadline=0, other_batch_size=2)
+    assert [(run.round, run.group) for run in result.of("a")] == [(0, 0)]
+    assert result.self_equality() == Equality(1, 1)
+
+
+def test_sampled_prompts_have_a_seed_of_their_own_on_every_variant(fake_engines):
+    settings = Settings(batch_size=2, rounds=2, temperature=1.5, ignore_eos=True)
+    compare("t", {"a": None, "b": None}, [[1], [2], [3]], settings)
+    timed = [entry for entry in fake_engines.sampled if entry[0]["max_tokens"] == 128]
+    seeds = [[one["seed"] for one in entry] for entry in timed]
+    assert seeds == [[0, 1], [0, 1], [2], [2]] * 2
+    assert {one["temperature"] for entry in timed for one in entry} == {1.5}
+    assert all(one["ignore_eos"] for entry in timed for one in entry)
+
+
 def test_engines_are_stopped_when_one_fails(fake_engines):
     fake_engines.fail_at = "b"
     with pytest.raises(EngineFailed, match="'b'"):
@@ -233,7 +338,7 @@ def test_bad_arguments(variants, prompts, baseline):
 
 
 def test_only_the_own_settings_differ():
-    make = compare_module.engine_arguments
+    make = engines_module.engine_arguments
     settings = Settings(dtype="float32", num_threads=3, env={"A": "1"})
     plain, plain_env = make("t", None, settings, 8)
     ours, ours_env = make("t", {"method": "m", "env": {"B": "2"}, "llm_kwargs": {"seed": 1}},
@@ -245,22 +350,22 @@ def test_only_the_own_settings_differ():
 
 
 def test_intel_openmp_is_used_where_it_is_installed(monkeypatch, tmp_path):
-    monkeypatch.setattr(compare_module.sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(engines_module.sys, "prefix", str(tmp_path))
     monkeypatch.delenv("LD_PRELOAD", raising=False)
-    assert compare_module.openmp_environment() == {}
+    assert engines_module.openmp_environment() == {}
     library = tmp_path / "lib" / "libiomp5.so"
     library.parent.mkdir()
     library.touch()
-    assert compare_module.openmp_environment()["LD_PRELOAD"] == str(library)
+    assert engines_module.openmp_environment()["LD_PRELOAD"] == str(library)
     monkeypatch.setenv("LD_PRELOAD", "/mine.so")
-    assert compare_module.openmp_environment() == {}
+    assert engines_module.openmp_environment() == {}
 
 
 @pytest.mark.parametrize(("asked", "threads"), [("3", 3), ("", 2), ("0", 2), ("many", 2)])
 def test_threads_follow_the_environment(monkeypatch, asked, threads):
-    monkeypatch.setattr(compare_module, "physical_cores", lambda: 2)
+    monkeypatch.setattr(engines_module, "physical_cores", lambda: 2)
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert compare_module.default_threads() == threads
+    assert engines_module.default_threads() == threads
 
 
 def rendered(thing):
@@ -283,6 +388,20 @@ def test_table_shows_the_figures(two_rounds):
     assert rows["accepted at depth 1, 2, ..."] == ["–", "1.00 0.50"]
     assert rows["drafted nodes per step"] == ["–", "5.0"]
     assert rows["outputs equal to plain"] == ["–", "2 of 2 (100 %)"]
+    # An engine that does not count who drafted what.
+    assert rows["accepted from drafter / lookup / both"] == ["–", "–"]
+
+
+def test_sources_are_those_of_the_candidates():
+    assert SOURCES == tuple(SOURCE_NAMES.values())  # kept apart, so that no torch is imported
+
+
+def test_table_shows_who_drafted_what_was_accepted():
+    own = {"accepted_by_source": {"drafter": 3, "both": 1}}
+    runs = [run("plain", 0, 0, 2), run("fast", 0, 0, 1, own=own)]
+    text = rendered(report.results_table(comparison(runs), {}))
+    (line,) = [line for line in text.splitlines() if "drafter / lookup / both" in line]
+    assert [cell.strip() for cell in line.split("│")[2:-1]] == ["–", "75% / 0% / 25%"]
 
 
 @pytest.mark.parametrize(

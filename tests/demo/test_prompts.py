@@ -6,7 +6,14 @@ import json
 import pytest
 
 from vllm_redrafter.demo.fetch import FetchError
-from vllm_redrafter.demo.prompts import Prompt, parse_questions, parse_tasks, spread
+from vllm_redrafter.demo.prompts import (
+    Prompt,
+    parse_questions,
+    parse_tasks,
+    quoting,
+    random_token_ids,
+    spread,
+)
 
 
 def line(number, category, *turns):
@@ -58,3 +65,18 @@ def test_human_eval_tasks_become_turns():
 def test_a_bad_task_is_named(bad):
     with pytest.raises(FetchError, match="^line 2 of HumanEval.jsonl"):
         parse_tasks(["", bad])
+
+
+def test_quoting_prompts_hold_the_text_that_is_asked_for():
+    prompts = quoting()
+    assert len(prompts) == len({p.id for p in prompts}) == len({p.turns for p in prompts}) == 20
+    assert {p.category for p in prompts} == {"rewriting", "extraction", "quoting"}
+    assert all(len(p.turns) == 1 and len(p.turns[0]) > 500 for p in prompts)
+
+
+def test_random_prompts_are_the_same_every_time():
+    prompts = random_token_ids(3, 50, 320)
+    assert random_token_ids(2, 50, 320) == prompts[:2]
+    assert [len(set(p)) > 30 for p in prompts] == [True] * 3
+    assert all(0 <= token < 320 for p in prompts for token in p)
+    assert prompts[0] != prompts[1]

@@ -193,6 +193,15 @@ def allowed_only(said: Sequence[dict[str, Any]], params: Params) -> bool:
     )
 
 
+def biases_show(said: Sequence[dict[str, Any]], params: Params) -> bool:
+    return (
+        set(tokens(said[1])) <= set(range(20, 60))
+        and set(tokens(said[2])) <= set(range(250, 257))
+        and set(tokens(said[5])) == {7}
+        and set(tokens(said[7])) <= set(LOW)
+    )
+
+
 def some_end_and_some_go_on(said: Sequence[dict[str, Any]], params: Params) -> bool:
     return all(
         EOS in tokens(request)[:-1] if row.get("ignore_eos") else tokens(request)[-1] == EOS
@@ -214,6 +223,7 @@ SCHEMA = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+LOW = range(100)
 CHUNKED = {"max_num_batched_tokens": 40, "enable_chunked_prefill": True}
 SHORT = {"max_model_len": 64}
 TIGHT = {"num_gpu_blocks_override": 10}
@@ -336,6 +346,24 @@ CASES = [
         BATCH,
         [greedy(**({"allowed_token_ids": list(range(20, 60))} if i % 3 else {})) for i in range(8)],
         shows=allowed_only,
+    ),
+    Case(
+        "min-p-and-logit-bias",
+        BATCH,
+        [
+            {**row, "max_tokens": 10}
+            for row in (
+                seeded(0, min_p=0.2),
+                greedy(logit_bias={token: 50.0 for token in range(20, 60)}),
+                seeded(2, logit_bias={token: -100.0 for token in range(250)}),
+                greedy(min_p=0.5),
+                seeded(4, min_p=0.1, top_k=30, logprobs=2),
+                greedy(logit_bias={7: 100.0}),
+                seeded(6, logit_bias={token: 4.0 for token in range(100, 140)}, min_p=0.1),
+                greedy(logit_bias={token: 5.0 for token in range(9)}, allowed_token_ids=[*LOW]),
+            )
+        ],
+        shows=biases_show,
     ),
     Case(
         "structured-outputs",

@@ -2,6 +2,7 @@
 """Drafter directories that cannot be used: one sentence, before any engine starts."""
 
 import json
+import logging
 
 import pytest
 import tiny_models
@@ -150,6 +151,27 @@ def test_wrong_vocabulary(message, tmp_path):
     text = message(other)
     assert "has vocab_size 100, but the target" in text and "has 320" in text
     assert "use a drafter that was trained for this target" in text
+
+
+@pytest.mark.parametrize("vocab", [283, 321])
+def test_another_tokenizers_vocabulary(message, tmp_path, vocab):
+    """More than an eighth too small, or too large at all."""
+    other = tiny_models.write_random_drafter(
+        tmp_path / "other", vocab_size=vocab, draft_vocab_size=vocab
+    )
+    assert f"has vocab_size {vocab}, but the target" in message(other)
+
+
+def test_a_target_with_added_tokens(engine_config, tmp_path, caplog, monkeypatch):
+    other = tiny_models.write_random_drafter(
+        tmp_path / "other", vocab_size=300, draft_vocab_size=300
+    )
+    # vLLM's logger keeps its records to itself.
+    logger = logging.getLogger("vllm")
+    monkeypatch.setattr(logger, "propagate", True)
+    with caplog.at_level("WARNING", logger="vllm"):
+        assert engine_config(drafter_dir=other)
+    assert "20 tokens more than the drafter's vocab_size 300" in caplog.text
 
 
 def test_wrong_hidden_size(message, tmp_path):

@@ -4,6 +4,9 @@
 import json
 
 import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file, save_file
 
 from vllm_redrafter.options import VALID_KEYS, OptionError
 
@@ -67,9 +70,69 @@ def test_a_bad_default_of_the_drafter_is_blamed_on_its_config(message, own_draft
     assert f"{name} is {value!r} in the drafter's config.json" in text
 
 
-def test_more_beams_than_tokens_to_choose_from(message):
-    text = message(options={"beam_width": 321})
-    assert "beam_width is 321, but the drafter chooses among 320 tokens only" in text
+def test_more_beams_than_tokens_to_choose_from(message, own_drafter):
+    few = tiny_models.write_random_drafter(own_drafter, draft_vocab_size=8, shared_head=True)
+    save_file(
+        load_file(few / "model.safetensors") | {"draft_vocab": torch.arange(8)},
+        few / "model.safetensors",
+    )
+    text = message(options={"beam_width": 9}, drafter_dir=few)
+    assert "beam_width is 9, but the drafter chooses among 8 tokens only" in text
+
+
+BOUNDS = [
+    ("beam_width", 64),
+    ("draft_length", 64),
+    ("prompt_lookup_num_tokens", 256),
+    ("top_k", 2**31 - 1),
+]
+
+
+@pytest.mark.parametrize("name, most", BOUNDS)
+def test_counts_have_an_upper_bound(message, name, most):
+    """Beyond it a draft takes seconds, or the operators cannot hold the number."""
+    for value in (most + 1, 2**63, 10**30):
+        text = message(options={name: value})
+        assert text == f"{name} is {value} in speculative_config; it must be {most} or less."
+
+
+@pytest.mark.parametrize("name, most", [("beam_width", 64), ("top_k", 2**31 - 1)])
+def test_so_has_the_drafters_config(message, own_drafter, name, most):
+    path = own_drafter / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: 2**63}))
+    text = message(drafter_dir=own_drafter)
+    assert text == f"{name} is {2**63} in the drafter's config.json; it must be {most} or less."
+
+
+def test_the_bounds_themselves_are_accepted(engine_config):
+    options = dict(BOUNDS) | {"num_speculative_tokens": 9}
+    carried = engine_config(options=options).additional_config["redrafter"]
+    assert {name: carried[name] for name in options} == options
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_long_prefills_are_not_cut_below_a_requests_rows(message, adaptive):
+    """vLLM's scheduler failed at the first request whose prompt was cached but for one token."""
+    text = message(
+        options={"num_speculative_tokens": 12},
+        long_prefill_token_threshold=12, long_prefill_token_threshold_adaptive=adaptive,
+    )  # fmt: skip
+    assert text == (
+        "num_speculative_tokens 12 needs long_prefill_token_threshold of at least 13, or 0, but "
+        "it is 12; raise it or set a smaller num_speculative_tokens."
+    )
+
+
+@pytest.mark.parametrize("threshold", [0, 13])
+def test_long_prefills_may_be_cut_above(engine_config, threshold):
+    options = {"num_speculative_tokens": 12}
+    assert engine_config(options=options, long_prefill_token_threshold=threshold)
+
+
+@pytest.mark.parametrize("value", [1, "yes", "true"])
+def test_flags_are_flags(message, value):
+    text = message(options={"fail_on_target_mismatch": value})
+    assert f"fail_on_target_mismatch is {value!r} in speculative_config; it must be true" in text
 
 
 def test_more_nodes_than_the_token_budget_allows(message):
@@ -113,7 +176,10 @@ def test_more_nodes_than_a_draft_can_fill_are_reduced(engine_config, caplog):
     logging.getLogger("vllm").propagate = True
     with caplog.at_level("WARNING", logger="vllm"):
         config = engine_config(
-            options={"beam_width": 2, "draft_length": 3, "num_speculative_tokens": 60}
+            options={
+                "beam_width": 2, "draft_length": 3, "num_speculative_tokens": 60,
+                "prompt_lookup": False,
+            }  # fmt: skip
         )
     assert config.speculative_config.num_speculative_tokens == 6
     assert "num_speculative_tokens is 60, but beam_width 2 x draft_length 3" in caplog.text

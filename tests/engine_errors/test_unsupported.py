@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines that ReDrafter refuses, at configuration time and with the cure."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny_models
 
@@ -84,9 +86,77 @@ def test_forced_model_runner_v2(message, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2"])
 def test_fp8_kv_cache(message, dtype):
-    assert f"kv_cache_dtype '{dtype}' on the CPU yet; leave it at 'auto'" in message(
+    assert f"kv_cache_dtype '{dtype}' yet; leave it at 'auto'" in message(
         kv_cache_dtype=dtype
     )
+
+
+@pytest.mark.parametrize("dtype", ["int8_per_token_head", "turboquant_4bit_nc", "nvfp4"])
+def test_packed_kv_caches(message, dtype):
+    assert f"kv_cache_dtype '{dtype}' yet; leave it at 'auto'" in message(kv_cache_dtype=dtype)
+
+
+def test_async_scheduling_on_v1(message):
+    text = message(async_scheduling=True)
+    assert "does not support async_scheduling on Model Runner V1" in text and "leave it out" in text
+
+
+def test_async_scheduling_may_be_refused_by_the_user(engine_config):
+    assert engine_config(async_scheduling=False).scheduler_config.async_scheduling is False
+
+
+def test_kv_offloading(message):
+    """By its own name: the user never gave a KV connector."""
+    text = message(kv_offloading_size=1.0)
+    assert "does not support KV offloading" in text
+    assert text.endswith("(kv_offloading_size=1.0); leave it out.")
+
+
+def test_fast_prefill_of_shared_kv(message):
+    text = message(kv_sharing_fast_prefill=True)
+    assert "does not support kv_sharing_fast_prefill" in text and text.endswith("leave it off.")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"enable_return_routed_experts": True},
+        {"aux_output_config": {"enable_return_routed_experts": True}},
+    ],
+    ids=["flag", "object"],
+)
+@pytest.mark.parametrize("v2", [False, True])
+def test_routed_experts(message, monkeypatch, given, v2):
+    monkeypatch.setattr(checks, "wants_v2", lambda: v2)
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", v2)
+    text = message(**given)
+    assert "does not support enable_return_routed_experts" in text
+    assert text.endswith("leave it off.")
+
+
+def model_of(target, **fields):
+    """What the checks read of a ModelConfig."""
+    from vllm.config import ModelConfig
+
+    model = ModelConfig(model=str(target))
+    for name, value in fields.items():
+        setattr(model, name, value)
+    return model
+
+
+def test_chunked_local_attention(target):
+    """Llama 4: the engine died at the first context of two chunks."""
+    with pytest.raises(UnsupportedError) as raised:
+        checks._check_model(model_of(target, attention_chunk_size=128))
+    assert str(raised.value) == (
+        "ReDrafter does not support chunked local attention (LlamaForCausalLM) over contexts of "
+        "more than one chunk, and max_model_len is 512; set it to 128 or less."
+    )
+
+
+@pytest.mark.parametrize("chunk", [None, 512, 8192])
+def test_contexts_of_one_chunk_are_no_obstacle(target, chunk):
+    checks._check_model(model_of(target, attention_chunk_size=chunk))
 
 
 def test_another_platform(message, monkeypatch):
@@ -148,21 +218,16 @@ MLA = {
     "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 2,
     "first_k_dense_replace": 1,
 }  # fmt: skip
-WINDOW, RECURRENT, ENCODER = "sliding-window attention", "recurrent layers", "encoder-decoder"
+RECURRENT, ENCODER = "recurrent layers", "encoder-decoder"
 MAMBA = {"state_size": 16, "conv_kernel": 4, "expand": 2}
 QWEN2 = {"model_type": "qwen2", "sliding_window": 128}
 MODELS = [
-    ("Qwen2ForCausalLM", WINDOW, {**QWEN2, "use_sliding_window": True, "max_window_layers": 0}),
     ("MambaForCausalLM", RECURRENT, {"model_type": "mamba", "time_step_rank": 4, **MAMBA}),
     ("BartForConditionalGeneration", ENCODER,
      {"model_type": "bart", "d_model": 64, "is_encoder_decoder": True}),
     ("DeepseekV3ForCausalLM", "MLA models", MLA),
 ]  # fmt: skip
 MORE_MODELS = [
-    ("MistralForCausalLM", WINDOW, {"model_type": "mistral", "sliding_window": 128}),
-    ("Gemma2ForCausalLM", WINDOW,
-     {"model_type": "gemma2", "sliding_window": 128, "query_pre_attn_scalar": 32}),
-    ("Gemma3ForCausalLM", WINDOW, {"model_type": "gemma3_text", "sliding_window": 128}),
     ("JambaForCausalLM", RECURRENT, {"model_type": "jamba"}),
     ("FalconH1ForCausalLM", RECURRENT, {"model_type": "falcon_h1"}),
     ("Qwen3NextForCausalLM", RECURRENT, {"model_type": "qwen3_next"}),
@@ -181,7 +246,53 @@ def test_unsupported_model(message, tmp_path, architecture, feature, fields):
     text = message(model=model)
     assert f"does not support {feature}" in text or f"with {feature}" in text
     assert f"({architecture})" in text
-    assert "use a decoder-only target with full attention in every layer" in text
+    assert "use a decoder-only target with full or sliding-window attention in every" in text
+
+
+class FakeAttention:
+    """What the checks read of one of vLLM's implementations."""
+
+    def __init__(self, head_size=64, **fields):
+        self.head_size, self.alibi_slopes = head_size, None
+        vars(self).update(fields)
+
+
+def refused_layers(*impls, **limits):
+    layers = {f"layer {i}": SimpleNamespace(impl=impl) for i, impl in enumerate(impls)}
+    with pytest.raises(UnsupportedError) as raised:
+        checks.check_layers(layers, (FakeAttention,), **limits)
+    return str(raised.value)
+
+
+def test_attention_that_is_not_ours_to_compute():
+    assert "the attention implementation SimpleNamespace (layer 'layer 1')" in refused_layers(
+        FakeAttention(), SimpleNamespace()
+    )
+    assert "ALiBi (layer 'layer 0')" in refused_layers(FakeAttention(alibi_slopes=[1.0]))
+
+
+def test_heads_too_large_for_our_kernels():
+    text = refused_layers(FakeAttention(256), FakeAttention(512), most_head_size=256)
+    assert "does not support heads of 512 here, at most 256 (layer 'layer 1')" in text
+
+
+def test_heads_of_several_sizes_in_one_group():
+    """One map says where everything is in a group."""
+    text = refused_layers(FakeAttention(64), FakeAttention(128))
+    assert "heads of 64 and of 128 in one group of layers (layer 'layer 1')" in text
+
+
+def test_windows_and_sinks_are_no_obstacle():
+    layers = {"one": SimpleNamespace(impl=FakeAttention(sliding_window=9, sinks=[0.0]))}
+    checks.check_layers(layers, (FakeAttention,))
+
+
+def test_sliding_windows_are_no_obstacle(engine_config, tmp_path):
+    model = tiny_models.write_hf_config(
+        tmp_path / "model", architectures=["MistralForCausalLM"], model_type="mistral",
+        sliding_window=128,
+    )  # fmt: skip
+    assert engine_config(model=model).model_config.get_sliding_window() == 128
 
 
 def test_a_sliding_window_that_is_switched_off_is_no_obstacle(engine_config, tmp_path):

@@ -52,9 +52,8 @@ def test_a_schedule_by_batch_size_is_handed_to_vllm(engine_config, triton):
     assert given == [(1, 2, min(9, spec.num_speculative_tokens)), (3, 8, 2)]
 
 
-def test_lora_only_on_v1(engine_config, triton):
-    with pytest.raises(UnsupportedError, match="LoRA on Model Runner V2.*leave enable_lora off"):
-        engine_config(enable_lora=True)
+def test_lora_is_allowed_on_v2(engine_config, triton):
+    assert engine_config(enable_lora=True).lora_config is not None
 
 
 def test_lora_is_allowed_on_v1(engine_config):
@@ -82,6 +81,11 @@ ARGS = SimpleNamespace(
     prefill_context_parallel_size=1,
     enable_expert_parallel=False,
     enable_batch_sharded_sampling=None,
+    async_scheduling=None,
+    kv_cache_dtype="auto",
+    kv_offloading_size=None,
+    kv_sharing_fast_prefill=False,
+    aux_output_config=SimpleNamespace(enable_return_routed_experts=False),
 )
 
 

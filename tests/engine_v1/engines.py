@@ -40,6 +40,9 @@ class Engine:
         self.drafts_itself = getattr(self.runner, "_draft_trees", None)
         self._watch(self.scheduler, "_preempt_request", self._count_preemption)
         if self.verifies_trees:
+            # In a test an error of drafting is a failure.
+            self.guarded = self.runner.draft_guard.serving
+            self.runner.draft_guard.serving = False
             self._watch(self.runner, "_tree_to_verify", self._count_cut)
             self._watch(self.runner, "_tree_step", self._count_mixed)
             self._watch(self.runner, "_move_accepted", self._note_emitted)
@@ -125,7 +128,9 @@ def engine(model: Any, drafter: Any = None, **settings: Any) -> Engine:
         "seed": 0,
     } | settings
     if drafter is not None:
-        settings["speculative_config"] = {"method": "redrafter", "model": str(drafter)} | spec
+        # A measured budget would give other trees at every run.
+        fixed = {"method": "redrafter", "model": str(drafter), "node_budget": "fixed"}
+        settings["speculative_config"] = fixed | spec
         settings.setdefault("per_request_spec_decode_metrics", "detailed")
     key = tuple(sorted((name, repr(value)) for name, value in settings.items()))
     if key not in _ENGINES:
@@ -154,19 +159,22 @@ class Pair:
         vocab: Sequence[int] = range(EOS),
         answers: Sequence[Any] | None = None,
         prefixes: bool = True,
+        more: dict[str, Any] | None = None,
         **oracle: Any,
     ) -> Comparison:
         """Plain first, then with an oracle that knows plain's answers, or other ones.
 
         Args:
             prefixes: both forget cached prefixes first.
+            more: of ``LLM.generate``.
         """
+        more = more or {}
         self.plain.reset(prefixes=prefixes)
-        expected = self.plain.generate(prompts, params)
+        expected = self.plain.generate(prompts, params, **more)
         known = expected if answers is None else answers
         drafter = self.make_oracle(known, self.trees.most_nodes, vocab, seed=seed, **oracle)
         self.trees.reset(drafter, prefixes=prefixes)
-        return Comparison(self, drafter, expected, self.trees.generate(prompts, params))
+        return Comparison(self, drafter, expected, self.trees.generate(prompts, params, **more))
 
 
 @dataclass(frozen=True)
@@ -184,8 +192,15 @@ class Comparison:
 
     def assert_equal(self) -> None:
         """Tokens, reasons to finish and stop tokens are plain vLLM's."""
-        assert answers(self.got) == answers(self.expected)
+        got, expected = answers(self.got), answers(self.expected)
+        # What differs, in short: pytest cuts the outputs of a whole batch.
+        assert [
+            (request, *both)
+            for request, both in enumerate(zip(got, expected, strict=True))
+            if both[0] != both[1]
+        ] == []
         assert self.oracle.unknown == 0
+        assert not self.pair.trees.stats["draft_errors"]
 
     def assert_saw_trees(self, moves: int = 20, accepted: float = 1.0) -> None:
         """The run exercised what it is about: other branches than the first, of some depth."""

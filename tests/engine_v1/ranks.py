@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 
 from engine_v1.oracle import Oracle
+from vllm_redrafter.engine import draft_guard
 from vllm_redrafter.engine.metrics import ReDrafterStats
 from vllm_redrafter.engine.target_tables import target_tables
 
@@ -25,6 +26,9 @@ ENVIRONMENT = {
     # Compiling a mask for the embedding takes each rank 20 s and changes no number.
     "TORCHDYNAMO_DISABLE": "1",
 }
+
+# Errors in a row after which drafting ends where faults are put.
+FEW = 3
 
 
 class RankedEngine:
@@ -40,7 +44,9 @@ class RankedEngine:
         from vllm import LLM
 
         if drafter is not None:
-            settings["speculative_config"] = {"model": str(drafter), **(spec or {})}
+            # Counters are compared: times must not choose.
+            fixed = {"model": str(drafter), "node_budget": "fixed"}
+            settings["speculative_config"] = fixed | (spec or {})
         with mock.patch.dict(os.environ, ENVIRONMENT):
             self.llm = LLM(
                 model=str(model), dtype="float32", enforce_eager=True, max_model_len=256,
@@ -86,6 +92,20 @@ def reset(worker: Any, oracles: list[Oracle] | None, agree: bool) -> None:
     )
 
 
+def break_drafts(worker: Any, ranks: list[int]) -> None:
+    """Drafting fails on some ranks; guards are as after the start."""
+    runner = worker.model_runner
+    runner.draft_guard.__init__(lambda: runner.redrafter_stats)
+    runner.draft_guard.serving = True
+    draft_guard.ERRORS_IN_A_ROW = FEW
+    if worker.rank in ranks:
+
+        def fail(*args: Any) -> Any:
+            raise RuntimeError("a fault put here")
+
+        runner._draft_trees = fail
+
+
 def load_drafters(worker: Any, directories: list[str]) -> None:
     """Load another drafter, on each rank one of its own."""
     from dataclasses import replace
@@ -94,6 +114,28 @@ def load_drafters(worker: Any, directories: list[str]) -> None:
     drafter = runner.drafter
     drafter.options = replace(drafter.options, model=directories[worker.rank])
     drafter.load_model(runner.model)
+
+
+def load_strictly(worker: Any, directories: list[str]) -> str | None:
+    """Load a drafter that must know its target; what was said against it.
+
+    The rank's drafter stays as it was.
+    """
+    from dataclasses import replace
+
+    from vllm_redrafter.drafter.config import DrafterError
+    from vllm_redrafter.engine.v1.proposer import ReDrafterProposer
+
+    runner = worker.model_runner
+    proposer = ReDrafterProposer(runner.vllm_config)
+    proposer.options = replace(
+        proposer.options, model=directories[worker.rank], fail_on_target_mismatch=True
+    )
+    try:
+        proposer.load_model(runner.model)
+    except DrafterError as error:
+        return str(error)
+    return None
 
 
 def read_tables(worker: Any, ids: list[int]) -> dict[str, Any]:

@@ -47,11 +47,11 @@ def test_case(streams, case):
 
 
 @pytest.fixture
-def both(streams, request, tmp_path_factory):
+def both(streams, request):
     """What a case said on V1 and on V2: its greedy requests, or the others."""
 
     def get(case, inner, greedy):
-        done = outcomes(request.session, tmp_path_factory)
+        done = outcomes(request.session)
         done.assert_passed(inner)
         v2 = json.loads((done.streams / f"{case.name}.json").read_text(encoding="utf-8"))
         # Through JSON as well, for the same lists.

@@ -61,7 +61,7 @@ def test_walk_that_takes_the_first_child(broken, monkeypatch):
     assert not broken().equal
 
 
-def first_child_walk(trees, first_row, draw):
+def first_child_walk(trees, first_row, draw, ends):
     """A wrong rule: whatever was drafted first is accepted."""
     walk = BatchWalk([], [])
     for i, tree in enumerate(trees):

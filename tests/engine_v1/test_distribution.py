@@ -93,7 +93,7 @@ def test_a_wrong_rule_fails(four_tokens, monkeypatch):
     assert p_value(plain, texts_with_trees(four_tokens, 2)) < SIGNIFICANCE
 
 
-def second_chance_walk(trees, first_row, draw):
+def second_chance_walk(trees, first_row, draw, ends):
     """A tempting wrong rule: draw again where the first draw is no child. Favours the draft."""
     batch = len(trees)
     walk = BatchWalk([[] for _ in range(batch)], [[] for _ in range(batch)])

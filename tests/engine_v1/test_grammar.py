@@ -113,6 +113,10 @@ def test_control_trees_for_grammar_requests(pair, monkeypatch):
     kwargs = {"vocab": vocabulary(pair), "chains": 0, "empty": 0}
     pair.run(prompts(8), batch, **kwargs).assert_equal()
     monkeypatch.setattr(oracle_module, "request_tree", uncut)
-    run = pair.run(prompts(8), batch, **kwargs)
-    assert answers(run.got) != answers(run.expected)
+    for seed in range(8):  # which trees meet which states is chance
+        run = pair.run(prompts(8), batch, seed=seed, **kwargs)
+        if answers(run.got) != answers(run.expected):
+            break
+    else:
+        pytest.fail("nothing was seen")
     assert not all(re.fullmatch(COUNTED, text(pair, o).removesuffix("<eos>")) for o in run.got)

@@ -16,25 +16,25 @@ from engine_v1.engines import Engine, engine, tokens
 from engine_v1.tiny_target import prompts
 from vllm_redrafter.drafter.checkpoint import load_drafter, save_drafter
 from vllm_redrafter.training.answers import Recorded
-from vllm_redrafter.training.evaluate import Counts, Replay, Setting, load_served, replay
+from vllm_redrafter.training.evaluate import load_served
+from vllm_redrafter.training.replay import Counts, Replay, Setting, replay
 from vllm_redrafter.training.target import Target
 
 GREEDY = SamplingParams(temperature=0, max_tokens=60)
-BEHIND = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def recorded(pair) -> list[Recorded]:
-    """Plain vLLM's answers, with what follows them and why they ended."""
+    """Plain vLLM's answers, with why they ended."""
     batch = prompts(16) + prompts(16, seed=8)
     pair.plain.reset()
     outputs = pair.plain.generate(batch, GREEDY)
     said = tokens(outputs)
-    later = tokens(pair.plain.generate([p + a for p, a in zip(batch, said, strict=True)], BEHIND))
     reasons = [output.outputs[0].finish_reason for output in outputs]
     assert {"stop", "length"} == set(reasons)
-    return [Recorded(p, a, None, c, r)
-            for p, a, c, r in zip(batch, said, later, reasons, strict=True)]  # fmt: skip
+    return [
+        Recorded(p, a, None, r) for p, a, r in zip(batch, said, reasons, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,10 @@ def rounded_drafter(target, taught_drafter, tmp_path_factory) -> Path:
 def replayed(target) -> Callable[..., list[Counts]]:
     frozen = Target(target, "float32", torch.device("cpu"))
 
-    def run(directory: Path, answers: list[Recorded], setting: Setting, rule: str) -> list[Counts]:
-        replayer = Replay(load_served(directory, frozen), [setting], rule)
+    def run(
+        directory: Path, answers: list[Recorded], setting: Setting, rule: str, lookup: int = 0
+    ) -> list[Counts]:
+        replayer = Replay(load_served(directory, frozen), [setting], rule, lookup)
         return [outcome.counts[setting] for outcome in replay(frozen, replayer, answers)]
 
     return run
@@ -76,23 +78,26 @@ def length(counts: list[Counts]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("which", "width", "depth", "nodes", "rule"),
+    ("which", "width", "depth", "nodes", "rule", "lookup"),
     [
-        ("taught", 6, 4, 15, "best"),
-        ("taught", 6, 4, 15, "beams"),
-        ("rounded", 4, 2, 5, "best"),
-        ("rounded", 1, 3, 3, "beams"),
+        ("taught", 6, 4, 15, "best", 16),
+        ("taught", 6, 4, 15, "best", 0),
+        ("taught", 6, 4, 15, "beams", 0),
+        ("rounded", 4, 2, 5, "best", 5),
+        ("rounded", 1, 3, 3, "beams", 0),
     ],
 )
 def test_the_replay_is_what_vllm_counts(
-    target, recorded, replayed, which, width, depth, nodes, rule, request
+    target, recorded, replayed, which, width, depth, nodes, rule, lookup, request
 ):
     drafter = request.getfixturevalue(f"{which}_drafter")
     trees = engine(target, drafter, spec_tree=rule, spec_beam_width=width,
-                   spec_draft_length=depth, spec_num_speculative_tokens=nodes)  # fmt: skip
+                   spec_draft_length=depth, spec_num_speculative_tokens=nodes,
+                   spec_prompt_lookup=lookup > 0,
+                   spec_prompt_lookup_num_tokens=max(1, lookup))  # fmt: skip
     counted = real(trees, recorded)
     setting = Setting(width, depth, nodes)
-    mine = replayed(drafter, recorded, setting, rule)
+    mine = replayed(drafter, recorded, setting, rule, lookup)
     assert length(mine) == pytest.approx(length(counted), rel=0.01)
     assert length(counted) > 1.4
     # Not only on average; a near tie may fall the other way in another float32 kernel.
@@ -103,18 +108,20 @@ def test_the_replay_is_what_vllm_counts(
 def test_what_differs_does_not_agree(target, taught_drafter, recorded, replayed):
     """Negative controls: a wrong tree rule, width, depth, node count or end is seen."""
     setting, drafter = Setting(6, 4, 15), taught_drafter
-    trees = engine(target, drafter, spec_tree="best", spec_beam_width=6,
-                   spec_draft_length=4, spec_num_speculative_tokens=15)  # fmt: skip
+    trees = engine(target, drafter, spec_tree="best", spec_beam_width=6, spec_draft_length=4,
+                   spec_num_speculative_tokens=15, spec_prompt_lookup=True,
+                   spec_prompt_lookup_num_tokens=16)  # fmt: skip
     counted = real(trees, recorded)
-    endless = [dataclasses.replace(one, continuation=[], finish_reason=None) for one in recorded]
+    endless = [dataclasses.replace(one, finish_reason=None) for one in recorded]
     others = {
         "rule": replayed(drafter, recorded, setting, "beams"),
-        "width": replayed(drafter, recorded, Setting(2, 4, 15), "best"),
-        "depth": replayed(drafter, recorded, Setting(6, 2, 15), "best"),
-        "nodes": replayed(drafter, recorded, Setting(6, 4, 10), "best"),
+        "width": replayed(drafter, recorded, Setting(2, 4, 15), "best", 16),
+        "depth": replayed(drafter, recorded, Setting(6, 2, 15), "best", 16),
+        "nodes": replayed(drafter, recorded, Setting(6, 4, 10), "best", 16),
+        "lookup": replayed(drafter, recorded, setting, "best"),
     }
     for name, counts in others.items():
         assert length(counts) != pytest.approx(length(counted), rel=0.01), name
     # The ends alone are less than 1 % here, but they are seen request by request.
-    ended = replayed(drafter, endless, setting, "best")
+    ended = replayed(drafter, endless, setting, "best", 16)
     assert sum(one != other for one, other in zip(counted, ended, strict=True)) > 8

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every sampling parameter that vLLM allows beside speculation means what it means without."""
+"""Sampling parameters mean what they mean without drafts."""
 
-import pytest
 from vllm import SamplingParams
-from vllm.exceptions import VLLMValidationError
 
 from engine_v1.engines import tokens
 from engine_v1.tiny_target import prompts
@@ -49,15 +47,7 @@ def test_stop_tokens_inside_an_accepted_path(pair):
     run = pair.run(batch, params, answers=free, chains=0.3, empty=0)
     run.assert_equal()
     assert all(output.outputs[0].finish_reason == "stop" for output in run.got)
-    # Walks went on behind the stop token, and what they emitted there was dropped.
+    # Drafts went on behind the stop token, and no walk did.
     walked = sum(len(emitted) for _, emitted in pair.trees.emitted)
-    assert walked >= sum(map(len, tokens(run.got))) + 20
-
-
-@pytest.mark.parametrize("parameter", [{"min_p": 0.2}, {"logit_bias": {5: 2.0}}])
-def test_what_vllm_refuses_beside_speculation(pair, parameter):
-    params = SamplingParams(temperature=1.0, seed=0, max_tokens=4, **parameter)
-    message = "min_p and logit_bias .* not yet supported with speculative decoding"
-    with pytest.raises(VLLMValidationError, match=message):
-        pair.trees.generate(prompts(1), params)
-    pair.plain.generate(prompts(1), params)
+    assert walked == sum(map(len, tokens(run.got)))
+    assert pair.trees.stats["nodes_per_draft"] > 2 * pair.trees.stats["acceptance_length"]

@@ -13,9 +13,27 @@ from vllm import SamplingParams
 from engine_v1.conftest import SPEC
 from engine_v1.engines import answers, tokens
 from engine_v1.oracle import Oracle
-from engine_v1.ranks import RankedEngine, load_drafters, rank_of, read_tables, reset
-from engine_v1.tiny_target import EOS, VOCAB, prompts, tiny_drafter, write_taught_drafter
+from engine_v1.ranks import (
+    FEW,
+    RankedEngine,
+    break_drafts,
+    load_drafters,
+    load_strictly,
+    rank_of,
+    read_tables,
+    reset,
+)
+from engine_v1.tiny_target import (
+    EOS,
+    VOCAB,
+    prompts,
+    tiny_drafter,
+    write_target,
+    write_taught_drafter,
+)
 from vllm_redrafter.drafter.checkpoint import save_drafter
+from vllm_redrafter.drafter.fingerprint import FIELD
+from vllm_redrafter.training.fingerprint import of_directory
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +97,19 @@ def test_tables_of_the_target_are_whole_on_every_rank(trees, target):
         assert torch.equal(torch.tensor(found["rows"]), stored["lm_head.weight"][ids])
 
 
+def test_the_fingerprint_is_compared_on_every_rank(trees, target, tmp_path):
+    """Tables in shares, the last one padded."""
+    names = {}
+    other = write_target(tmp_path / "other-target", seed=4)
+    for name, directory in (("right", target), ("wrong", other)):
+        fields = {FIELD: of_directory(directory).to_json()}
+        save_drafter(tiny_drafter(), tmp_path / name, **fields)
+        names[name] = [str(tmp_path / name)] * 2
+    assert trees.each_rank(load_strictly, names["right"]) == [None, None]
+    for message in trees.each_rank(load_strictly, names["wrong"]):
+        assert "was not made for this target, but for one whose" in message
+
+
 def test_greedy(run, expected):
     outputs, stats = run(prompts(8), GREEDY, expected)
     assert answers(outputs) == answers(expected)
@@ -137,3 +168,39 @@ def test_control_without_agreement_the_same_draft_is_enough(run, expected):
 def test_control_without_agreement_different_drafts_break_it(run, expected):
     outputs, _ = run(prompts(8), GREEDY, expected, seeds=(0, 1), agree=False)
     assert answers(outputs) != answers(expected)
+
+
+@pytest.mark.parametrize("ranks", [[0], [1], [0, 1]])
+def test_faults_of_drafting(trees, run, expected, ranks):
+    """No rank waits for another one, and all agree when the first one gives up."""
+    try:
+        # Some of them fail.
+        oracles = [Oracle(expected, NODES, range(EOS)) for _ in range(2)]
+        trees.each_rank(reset, oracles, True)
+        trees.each_rank(break_drafts, ranks)
+        assert answers(trees.generate(prompts(8), GREEDY)) == answers(expected)
+        stats = trees.stats
+    finally:
+        trees.each_rank(break_drafts, [])
+    errors = [sum(one["draft_errors"].values()) for one in stats]
+    assert [count > 0 for count in errors] == [rank in ranks for rank in range(2)]
+    assert max(errors) == FEW
+    assert [one["drafting_off"] for one in stats] == [0 in ranks] * 2
+    assert stats[0]["drafts"] == stats[1]["drafts"]
+    assert (stats[0]["drafts"] > 10) == (0 not in ranks)
+    outputs, stats = run(prompts(8), GREEDY, expected)
+    assert answers(outputs) == answers(expected) and stats[0]["drafts"] > 10
+
+
+def test_a_measured_budget(target, taught_drafter, expected):
+    """Times differ between ranks; the first one's choice is everybody's, and costs of it alone."""
+    engine = RankedEngine(target, taught_drafter, {"node_budget": "auto"})
+    try:
+        assert answers(engine.generate(prompts(8), GREEDY)) == answers(expected)
+        first, second = engine.stats
+    finally:
+        engine.shutdown()
+    assert first["drafts"] == second["drafts"] and first["drafts"] > 10
+    assert first["accepted_by_depth"] == second["accepted_by_depth"]
+    assert sum(first["draft_shapes"].values()) >= 5 and not second["draft_shapes"]
+    assert second["replaced"] == 0

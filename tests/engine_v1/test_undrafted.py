@@ -6,11 +6,6 @@ from engine_cases import undrafted
 from engine_v1.engines import engine
 
 
-def test_lora(target, taught_drafter, tmp_path):
-    plain, trees = undrafted.engines(engine, target, taught_drafter, undrafted.LORA)
-    undrafted.check_lora(plain, trees, undrafted.write_adapter(tmp_path))
-
-
 def test_prompt_embeddings_and_thinking_budgets(target, taught_drafter):
-    plain, trees = undrafted.engines(engine, target, taught_drafter, undrafted.THINKING)
+    plain, trees = undrafted.engines(engine, target, taught_drafter)
     undrafted.check_embeddings_and_budgets(plain, trees, target)

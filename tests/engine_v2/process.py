@@ -9,8 +9,11 @@ tests of the V1 engine keep a process of their own. The tests over there are
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,7 @@ ROOT = HERE.parents[1]
 PARAMETER = "inner"
 
 _OUTCOMES = pytest.StashKey["Outcomes"]()
+_RUNNING = pytest.StashKey["Running"]()
 
 
 @dataclass(frozen=True)
@@ -44,54 +48,84 @@ class Outcomes:
         assert not self.problems[inner], "\n".join(self.problems[inner])
 
 
-def outcomes(session: pytest.Session, factory: pytest.TempPathFactory) -> Outcomes:
-    """Run the inner tests that the session's items name; once per session."""
+def needs_v2(item: pytest.Item) -> bool:
+    """Whether a test looks at what became of an inner one."""
+    return PARAMETER in getattr(getattr(item, "callspec", None), "params", {})
+
+
+def start(session: pytest.Session) -> None:
+    """Start the process, if the session has tests for it; it runs beside all the others."""
+    wanted = sorted({item.callspec.params[PARAMETER] for item in session.items if needs_v2(item)})
+    if wanted and not session.config.option.collectonly:
+        session.stash[_RUNNING] = Running(wanted)
+
+
+def stop(session: pytest.Session) -> None:
+    """End the process, if it still runs."""
+    if _RUNNING in session.stash:
+        session.stash[_RUNNING].stop()
+
+
+def outcomes(session: pytest.Session) -> Outcomes:
+    """Of the inner tests that the session's items name; waits for them."""
     if _OUTCOMES not in session.stash:
-        wanted = {
-            item.callspec.params[PARAMETER]
-            for item in session.items
-            if PARAMETER in getattr(getattr(item, "callspec", None), "params", {})
-        }
-        folder = factory.mktemp("v2")
-        # If the process fails as a whole, no other test starts it again.
-        session.stash[_OUTCOMES] = Outcomes({}, folder)
-        session.stash[_OUTCOMES] = _run(sorted(wanted), folder)
+        running = session.stash[_RUNNING]
+        # If the process fails as a whole, no other test waits for it again.
+        session.stash[_OUTCOMES] = Outcomes({}, running.folder)
+        session.stash[_OUTCOMES] = running.outcomes()
     return session.stash[_OUTCOMES]
 
 
-def _run(wanted: list[str], folder: Path) -> Outcomes:
-    report = folder / "report.xml"
-    path = [str(ROOT), str(HERE.parent), str(HERE / "harness"), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, path)),
-        "REDRAFTER_TEST_STREAMS": str(folder),
-        "TRITON_INTERPRET": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_PLUGINS": "",
-    }
-    env.pop("VLLM_USE_V2_MODEL_RUNNER", None)
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", "-q", "-p", "engine_v2.own_process.fixtures",
-            "--slow", "-p", "no:cacheprovider", "--durations=25",
-            "-o", "python_files=v2_*.py", f"--junitxml={report}",
-            *(str(INNER / inner) for inner in wanted),
-        ],
-        cwd=ROOT, env=env, capture_output=True, text=True,
-    )  # fmt: skip
-    # Shown by pytest if a test fails.
-    print(done.stdout)
-    assert report.is_file(), done.stdout + done.stderr
-    found: dict[str, list[str]] = {}
-    for case in ElementTree.parse(report).getroot().iter("testcase"):
-        file = f"{case.get('classname').rpartition('.')[2]}.py"
-        bad = [
-            f"{case.get('name')}: {node.get('message')}\n{node.text}"
-            for node in case
-            if node.tag in ("failure", "error", "skipped")
-        ]
-        # Under its own name and under its function's, which all its parameters share.
-        for name in {case.get("name"), case.get("name").partition("[")[0]}:
-            found.setdefault(f"{file}::{name}", []).extend(bad)
-    assert found, done.stdout + done.stderr
-    return Outcomes(found, folder)
+class Running:
+    """The process."""
+
+    def __init__(self, wanted: list[str]) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="redrafter-v2-"))
+        self._report, self._said = self.folder / "report.xml", self.folder / "said"
+        paths = [str(ROOT), str(HERE.parent), str(HERE / "harness")]
+        paths.append(os.environ.get("PYTHONPATH", ""))
+        env = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "REDRAFTER_TEST_STREAMS": str(self.folder),
+            "TRITON_INTERPRET": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_PLUGINS": "",
+        }
+        env.pop("VLLM_USE_V2_MODEL_RUNNER", None)
+        with self._said.open("wb") as said:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable, "-m", "pytest", "-q", "-p", "engine_v2.own_process.fixtures",
+                    "--slow", "-p", "no:cacheprovider", "--durations=25",
+                    "-o", "python_files=v2_*.py", f"--junitxml={self._report}",
+                    *(str(INNER / inner) for inner in wanted),
+                ],
+                cwd=ROOT, env=env, stdout=said, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def outcomes(self) -> Outcomes:
+        self._process.wait()
+        said = self._said.read_text(encoding="utf-8", errors="replace")
+        # Shown by pytest if a test fails.
+        print(said)
+        assert self._report.is_file(), said
+        found: dict[str, list[str]] = {}
+        for case in ElementTree.parse(self._report).getroot().iter("testcase"):
+            file = f"{case.get('classname').rpartition('.')[2]}.py"
+            bad = [
+                f"{case.get('name')}: {node.get('message')}\n{node.text}"
+                for node in case
+                if node.tag in ("failure", "error", "skipped")
+            ]
+            # Under its own name and under its function's, which all its parameters share.
+            for name in {case.get("name"), case.get("name").partition("[")[0]}:
+                found.setdefault(f"{file}::{name}", []).extend(bad)
+        assert found, said
+        return Outcomes(found, self.folder)

@@ -2,6 +2,7 @@
 """Walk, emitted tokens and KV moves of a step: at once, and as an emulated CUDA graph."""
 
 import importlib
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from engine_v2.own_process.emulated_graphs import EmulatedGraph
 from vllm_redrafter.engine.v2.accept import accept, kv_moves
 from vllm_redrafter.engine.v2.accept_graphs import AcceptBuffers
 from vllm_redrafter.engine.v2.stats import DeviceStats
-from vllm_redrafter.engine.v2.tree_store import TreeStore
+from vllm_redrafter.engine.v2.tree_store import Drafted, TreeStore
 from vllm_redrafter.ops.build_tree import _padded
 from vllm_redrafter.ops.move_kv import MoveKV
 from vllm_redrafter.tree.tree import Tree
@@ -27,13 +28,13 @@ INPUTS = ("slots", "ends", "tokens", "drawn", "row_slots")
 class World:
     """Trees of all request slots, two KV cache groups, counters."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, depth=NODES):
         self.generator = torch.Generator().manual_seed(seed)
-        self.store = TreeStore(REQUESTS, NODES, CPU)
+        self.store = TreeStore(REQUESTS, NODES, depth, CPU)
         self.caches = [torch.randn(16, 2, BLOCK, 3, generator=self.generator) for _ in range(4)]
         one, two, three, four = self.caches
         self.movers = [MoveKV([one], [two]), MoveKV([three], [four])]
-        self.stats = DeviceStats(NODES, CPU)
+        self.stats = DeviceStats(depth, CPU)
 
     def pick(self, most):
         return int(torch.randint(most + 1, (), generator=self.generator))
@@ -47,10 +48,18 @@ class World:
         for _ in range(REQUESTS):
             nodes = self.pick(NODES)
             tokens.append(self.shuffled(50)[: nodes + 1].tolist())
-            parents.append([-1, *(self.pick(node) for node in range(nodes))])
+            parents.append([-1])
+            depths = [0]
+            while len(depths) <= nodes:
+                parent = self.pick(len(depths) - 1)
+                if depths[parent] < self.store.depth:
+                    parents[-1].append(parent)
+                    depths.append(depths[parent] + 1)
         tree = Tree.from_lists(tokens, parents)
         tree, masks = _padded(tree, tree.packed_mask(), NODES + 1)
-        self.store.put(torch.arange(REQUESTS), tree, masks, torch.ones(REQUESTS, dtype=torch.bool))
+        # All kinds; the store leaves out roots and padding.
+        drafted = Drafted(tree, masks, 1 + tree.parents % 3)
+        self.store.put(torch.arange(REQUESTS), drafted, torch.ones(REQUESTS, dtype=torch.bool))
         return tree
 
     def step(self, requests, tree):
@@ -109,9 +118,10 @@ def same(found, expected):
     return found[0] == emitted and found[1] == last and caches
 
 
+@pytest.mark.parametrize("depth", [NODES, 3])
 @pytest.mark.parametrize("seed", range(8))
-def test_as_one_request_after_the_other(seed):
-    world = World(seed)
+def test_as_one_request_after_the_other(seed, depth):
+    world = World(seed, depth)
     rows, drawn, row_slots = world.step(5, world.draft())
     expected = world.expected(rows, drawn, row_slots)
     first, ends = rows.ends[:-1].long(), rows.ends[1:].long()
@@ -121,10 +131,12 @@ def test_as_one_request_after_the_other(seed):
         mover(source, target)
     assert same(world.found(got), expected)
     assert int(moved.sum()) == expected[3]
+    assert got.walk.path.shape == (5, depth) and got.emitted.shape == (5, NODES + 1)
 
 
 def captured(world):
-    buffers, graph = AcceptBuffers(REQUESTS, NODES, 2, CPU), EmulatedGraph()
+    buffers = AcceptBuffers(REQUESTS, NODES, world.store.depth, 2, CPU)
+    graph = EmulatedGraph()
     with graph:
         buffers.run(world.store, world.movers, world.stats, CAPTURED)
     return buffers, graph
@@ -142,7 +154,7 @@ def test_replays_with_padding():
     """Steps of 1 to 4 requests take turns in one graph for 4; counters count the real ones."""
     world = World(1)
     buffers, graph = captured(world)
-    moves, lengths, earlier = 0, [], []
+    moves, lengths, earlier, sources = 0, [], [], (Counter(), Counter())
     for requests in (4, 1, 3, 2, 4, 3, 1, 4):
         step = world.step(requests, world.draft())
         expected = world.expected(*step)
@@ -152,9 +164,20 @@ def test_replays_with_padding():
         drafted = (got.num_nodes > 1).tolist()
         lengths += [len(said) - 1 for said, real in zip(expected[0], drafted, strict=True) if real]
         earlier.append((got.emitted, got.emitted.clone()))
+        found = zip(step[0].slots, got.num_nodes.tolist(), got.walk.path.tolist(), strict=True)
+        for slot, count, path in found:
+            of_nodes = world.store.sources[slot].tolist()
+            sources[0].update(of_nodes[1:count])
+            sources[1].update(of_nodes[node] for node in path if node > 0)
     assert moves > 5 and sum(lengths) > 10, "nothing to see"
     assert int(world.stats.moves) == moves
     assert world.stats.accepted.tolist() == [lengths.count(n) for n in range(NODES + 1)]
+    summary = world.stats.summary()
+    for kind, name in enumerate(("nodes_by_source", "accepted_by_source")):
+        assert summary[name] == {
+            "drafter": sources[kind][1], "lookup": sources[kind][2], "both": sources[kind][3]
+        }  # fmt: skip
+        assert len(sources[kind]) == 3
     # Tokens that vLLM may still be copying are no later step's.
     assert all(torch.equal(kept, copy) for kept, copy in earlier)
 
@@ -190,8 +213,8 @@ def test_no_rows_do_nothing():
 def test_nothing_comes_from_the_host(monkeypatch):
     monkeypatch.setattr(importlib.import_module("vllm_redrafter.ops.walk"), "has_kernel", bool)
     there, moved = torch.device("meta"), []
-    store, stats = TreeStore(REQUESTS, NODES, there), DeviceStats(NODES, there)
-    buffers = AcceptBuffers(REQUESTS, NODES, 2, there)
+    store, stats = TreeStore(REQUESTS, NODES, 5, there), DeviceStats(5, there)
+    buffers = AcceptBuffers(REQUESTS, NODES, 5, 2, there)
     movers = [lambda source, target: moved.extend([source.device, target.device])] * 2
     with HostTensors() as seen:
         buffers.run(store, movers, stats, CAPTURED)

@@ -36,5 +36,5 @@ def test_there_are_tests():
 
 
 @pytest.mark.parametrize(PARAMETER, TESTS)
-def test_on_model_runner_v2(request, tmp_path_factory, inner):
-    outcomes(request.session, tmp_path_factory).assert_passed(inner)
+def test_on_model_runner_v2(request, inner):
+    outcomes(request.session).assert_passed(inner)

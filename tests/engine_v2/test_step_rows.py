@@ -21,7 +21,7 @@ def ints(*values):
 
 @pytest.fixture
 def trees():
-    store = TreeStore(SLOTS, NODES, torch.device("cpu"))
+    store = TreeStore(SLOTS, NODES, NODES, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     extra = torch.randint(0, 16, (SLOTS, NODES + 1, 1), generator=generator)
     store.masks |= extra

@@ -10,17 +10,21 @@ from engine_v1.tiny_target import HIDDEN, VOCAB, tiny_drafter
 
 from engine_v2.host_tensors import HostTensors
 from vllm_redrafter.drafter.beam_search import beam_search
+from vllm_redrafter.engine.checks import UnsupportedError
 from vllm_redrafter.engine.v2.draft import LayerwiseDraft, make_draft
 from vllm_redrafter.engine.v2.draft_graphs import DraftBuffers
 from vllm_redrafter.engine.v2.fallback import shape_of_request
+from vllm_redrafter.engine.v2.hybrid import TextLookup, hybrid_trees
 from vllm_redrafter.engine.v2.stats import DeviceStats
-from vllm_redrafter.engine.v2.tree_store import Shape, TreeStore
+from vllm_redrafter.engine.v2.tree_store import Drafted, Shape, TreeStore
+from vllm_redrafter.engine.v2.worker import TreeWorkerMixin
 from vllm_redrafter.ops import draft as draft_op
 from vllm_redrafter.ops.build_tree import build_tree
 from vllm_redrafter.ops.draft import CompiledDraft
 from vllm_redrafter.tree.tree import Tree, pack_bits
 
 CPU = torch.device("cpu")
+NAMES = ("parents", "depths", "masks", "sources", "num_nodes")
 
 
 EMBEDDING = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(3))
@@ -83,10 +87,11 @@ def test_where_the_operator_cannot_be_used_the_layers_are(monkeypatch):
     assert torch.equal(draft(CONTEXT, TOKEN).tokens, wanted.tokens)
 
 
+@pytest.mark.parametrize("with_lookup", [True, False])
 @pytest.mark.parametrize("form", [make_draft, LayerwiseDraft])
-def test_a_captured_draft_takes_nothing_from_the_host(monkeypatch, form):
+def test_a_captured_draft_takes_nothing_from_the_host(monkeypatch, form, with_lookup):
     there = torch.device("meta")
-    for name in ("beam_step", "build_tree", "draft"):
+    for name in ("beam_step", "build_tree", "draft", "candidates", "suffix_lookup"):
         module = importlib.import_module(f"vllm_redrafter.ops.{name}")
         monkeypatch.setattr(module, "has_kernel", bool)
     drafter = tiny_drafter().to(there)
@@ -94,9 +99,36 @@ def test_a_captured_draft_takes_nothing_from_the_host(monkeypatch, form):
     draft = form(drafter, 4, 3, 5)
     assert isinstance(draft, LayerwiseDraft if form is LayerwiseDraft else CompiledDraft)
     buffers = DraftBuffers(4, 12, HIDDEN, torch.float32, there)
+    text = SimpleNamespace(
+        all_token_ids=SimpleNamespace(gpu=torch.zeros(4, 64, dtype=torch.int32, device=there)),
+        total_len=SimpleNamespace(gpu=torch.zeros(4, dtype=torch.int32, device=there)),
+    )
+    lookup = TextLookup(text, 12)
+
+    def trees(context, known, slots, counts):
+        beams = draft(context, known)
+        if with_lookup:
+            return hybrid_trees(beams, lookup(slots), 12, counts)
+        return *build_tree(beams, "best", 12, fixed_size=True), buffers.tokens[:3]
+
     with HostTensors() as seen:
-        buffers.run(lambda *known: build_tree(draft(*known), "best", 12, fixed_size=True), 3)
+        buffers.run(trees, 3)
     assert seen.found == [] and seen.calls > 5
+
+
+def test_a_prompt_of_embeddings_is_not_looked_up():
+    """Its placeholders are: only what the request said after them counts."""
+    text = torch.tensor([[0, 0, 0, 0, 5, 6, 7, 5], [0, 0, 0, 0, 0, 0, 0, 0]], dtype=torch.int32)
+    states = SimpleNamespace(
+        all_token_ids=SimpleNamespace(gpu=text),
+        total_len=SimpleNamespace(gpu=torch.tensor([8, 5], dtype=torch.int32)),
+    )
+    lookup, slots = TextLookup(states, 2), torch.arange(2)
+    assert lookup(slots).matched.gt(0).any(1).tolist() == [True, True]
+    lookup.starts = torch.tensor([4, 4], dtype=torch.int32)
+    found = lookup(slots)
+    assert found.matched.gt(0).any(1).tolist() == [True, False]
+    assert found.tokens[0, 0].tolist() == [6, 7]
 
 
 @pytest.mark.parametrize("rule", ["best", "beams"])
@@ -131,25 +163,41 @@ def branching():
 
 
 def test_a_store_keeps_trees_chains_and_nothing():
-    store = TreeStore(4, 5, CPU)
+    store = TreeStore(4, 5, 5, CPU)
     store.reset(0, Shape.TREE)
     store.reset(3, Shape.CHAIN)
     tree, masks = branching()
-    tokens = store.put(torch.tensor([0, 3]), tree, masks, torch.tensor([True, True]))
+    drafted = Drafted(tree, masks, torch.tensor([[9, 1, 2, 3, 1, 9]] * 2))
+    tokens = store.put(torch.tensor([0, 3]), drafted, torch.tensor([True, True]))
     assert tokens.tolist() == [[1, 2, 3, 4, 0], [1, 2, 0, 0, 0]]
     assert store.num_nodes.tolist() == [5, 1, 1, 3]
     assert store.parents[0].tolist() == [-1, 0, 1, 0, 1, -1]
     assert store.parents[3].tolist() == [-1, 0, 1, -1, -1, -1]
     assert store.depths[3].tolist() == [0, 1, 2, 0, 0, 0]
+    assert store.sources[0].tolist() == [0, 1, 2, 3, 1, 0]
+    assert store.sources[3].tolist() == [0, 1, 2, 0, 0, 0]
     alone = pack_bits(torch.eye(6, dtype=torch.bool))
     assert torch.equal(store.masks[3, 3:], alone[3:])
     assert torch.equal(store.masks[0], masks[0])
 
     store.reset(0, Shape.NOTHING)
     assert store.num_nodes[0] == 1 and torch.equal(store.masks[0], alone)
-    tokens = store.put(torch.tensor([0, 3]), tree, masks, torch.tensor([True, False]))
+    tokens = store.put(torch.tensor([0, 3]), drafted, torch.tensor([True, False]))
     assert tokens.tolist() == [[0] * 5] * 2
     assert store.num_nodes.tolist() == [1, 1, 1, 1]
+
+
+def test_a_store_forgets_what_no_step_will_verify():
+    store = TreeStore(4, 5, 5, CPU)
+    tree, masks = branching()
+    drafted, both = Drafted(tree, masks, torch.ones_like(tree.tokens)), torch.tensor([0, 3])
+    store.put(both, drafted, torch.tensor([True, True]))
+    kept = {name: value[0].clone() for name, value in vars(store).items() if name in NAMES}
+    assert store.clear(torch.tensor([3])).tolist() == [[0] * 5]
+    fresh = TreeStore(4, 5, 5, CPU)
+    for name in NAMES:
+        assert torch.equal(getattr(store, name)[0], kept[name]), name
+        assert torch.equal(getattr(store, name)[3], getattr(fresh, name)[3]), name
 
 
 def test_counters():
@@ -162,30 +210,56 @@ def test_counters():
     assert summary["drafts"] == 2 and summary["steps"] == 1 and summary["moves"] == 3
     assert summary["nodes_per_draft"] == 3 and summary["acceptance_length"] == 2
     assert summary["accepted_by_depth"] == [0.5, 0.5]
+    stats.observe_replaced(drafted)
+    stats.host.fall_back("penalties (chain)")
+    counters = [value for value in vars(stats).values() if isinstance(value, torch.Tensor)]
+    before = [counter.data_ptr() for counter in counters]
+    stats.reset()
+    assert stats.summary() == DeviceStats(4, CPU).summary()
+    # Where CUDA graphs add to them.
+    assert [counter.data_ptr() for counter in counters] == before
+    assert all(not counter.any() for counter in counters)
+
+
+def test_a_worker_sleeps_at_level_1_alone():
+    class Stock:
+        def sleep(self, level=1):
+            self.level = level
+
+    class Worker(TreeWorkerMixin, Stock):
+        pass
+
+    worker = Worker()
+    worker.sleep()
+    with pytest.raises(UnsupportedError, match="sleep level 2; use level 1"):
+        worker.sleep(2)
+    assert worker.level == 1
 
 
 @pytest.mark.parametrize(
     "request_fields, params, shape, reason",
     [
         ({}, {}, Shape.TREE, ""),
-        ({"lora_request": object()}, {}, Shape.NOTHING, "LoRA"),
-        ({"prompt_embeds": object()}, {}, Shape.NOTHING, "prompt embeddings"),
+        ({"lora_request": object()}, {}, Shape.TREE, ""),
+        ({"prompt_embeds": object()}, {}, Shape.TREE, ""),
         ({}, {"repetition_penalty": 1.1}, Shape.CHAIN, "penalties"),
         ({}, {"presence_penalty": 0.1}, Shape.CHAIN, "penalties"),
         ({}, {"frequency_penalty": 0.1}, Shape.CHAIN, "penalties"),
         ({}, {"bad_words": ["x"]}, Shape.CHAIN, "bad words"),
         ({}, {"structured_outputs": "json"}, Shape.CHAIN, "structured output"),
         ({}, {"thinking_token_budget": 5}, Shape.NOTHING, "a thinking"),
-        ({}, {"processors": ["mine"]}, Shape.CHAIN, "logits processors"),
+        ({}, {"repetition_detection": object()}, Shape.NOTHING, "repetition detection"),
+        ({}, {"stop_token_ids": list(range(128))}, Shape.TREE, ""),
+        ({}, {"stop_token_ids": list(range(129))}, Shape.NOTHING, "more than 128 stop tokens"),
     ],
 )
 def test_what_a_request_may_have(request_fields, params, shape, reason):
     plain = {
         "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
         "bad_words": None, "structured_outputs": None, "thinking_token_budget": None,
+        "repetition_detection": None, "stop_token_ids": [3, 4], "eos_token_id": 5,
     }  # fmt: skip
-    model = SimpleNamespace(logits_processors=params.get("processors"))
     fields = {"lora_request": None, "prompt_embeds": None, **request_fields}
     request = SimpleNamespace(sampling_params=SimpleNamespace(**(plain | params)), **fields)
-    got, why = shape_of_request(request, model)
+    got, why = shape_of_request(request)
     assert got is shape and why.startswith(reason) and bool(why) == bool(reason)

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +66,8 @@ class AttentionCase:
     masks: Tensor
     scale: float
     softcap: float
+    window: int = 0
+    sinks: Tensor | None = None
 
     def args(self) -> tuple:
         return tuple(vars(self).values())
@@ -87,6 +92,25 @@ class AttentionCase:
         return result, size
 
 
+def random_sizes(rng: random.Random, dtypes: Sequence[torch.dtype], longest: int) -> dict[str, Any]:
+    """Arguments of ``attention_case``: contexts of up to ``longest`` tokens, and all sizes."""
+    requests = rng.randint(1, 6)
+    return {
+        "dtype": rng.choice(dtypes),
+        "contexts": [
+            rng.choice([0, rng.randint(1, 40), rng.randint(41, longest)]) for _ in range(requests)
+        ],
+        "rows": [
+            rng.choice([1, rng.randint(2, 20), rng.randint(21, 140)]) for _ in range(requests)
+        ],
+        "head_dim": rng.choice([16, 64, 80, 112, 128]),
+        "kv_heads": rng.randint(1, 4),
+        "group": rng.randint(1, 5),
+        "block_size": rng.choice([8, 16, 24, 32, 48, 64, 128]),
+        "layout": rng.choice(["vector", "random"]),
+    }
+
+
 def attention_case(
     dtype: torch.dtype,
     contexts: list[int],
@@ -99,8 +123,13 @@ def attention_case(
     layout: str = "vector",
     softcap: float = 0.0,
     sharpness: float = 1.0,
+    window: int = 0,
+    sinks: bool = False,
 ) -> AttentionCase:
-    """Ragged requests in shuffled blocks. Every slot that holds no token of theirs is NaN."""
+    """Ragged requests in shuffled blocks. Every slot that holds no token of theirs is NaN.
+
+    Blocks that lie in front of every row's window are nobody's: their numbers are none.
+    """
     requests = len(contexts)
     needed = [-(-(c + r) // block_size) for c, r in zip(contexts, rows, strict=True)]
     blocks = sum(needed) + 2
@@ -126,6 +155,9 @@ def attention_case(
         write_tokens(value_cache, value_map, slots, fresh[1])
         starts.append(row)
         masks[row : row + rows[r]] = random_tree_masks(rows[r], words)
+        if window:  # a root sees the most: itself and so many before it
+            gone = max(contexts[r] + 1 - window, 0) // block_size
+            table[request_index[r], :gone] = -(2**31) + r
         row += rows[r] + 1
     return AttentionCase(
         query=(torch.randn(total, kv_heads * group, head_dim) * sharpness).to(dtype),
@@ -141,6 +173,8 @@ def attention_case(
         masks=masks,
         scale=head_dim**-0.5,
         softcap=softcap,
+        window=window,
+        sinks=torch.randn(kv_heads * group) * 2 * sharpness if sinks else None,
     )
 
 

@@ -51,6 +51,10 @@ def test_random_drafts(device_ops, rule, seed):
         assert_identical(device_ops, beams, rule, num_nodes)
 
 
+# Interpreted, these take long; smaller drafts stand for them.
+@pytest.mark.parametrize(
+    "device_ops", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("length, width", [(8, 64), (16, 64), (5, 200), (1, 1024), (128, 8)])
 def test_many_candidates(device_ops, rule, length, width):

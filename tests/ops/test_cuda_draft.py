@@ -118,6 +118,10 @@ def test_wide_layers_and_several_chunks_of_logits(device_ops):
     assert compare(device_ops, drafter, 2, 3, 2)[0] > 0
 
 
+# Interpreted, these take long; other inputs, and beam_step's own, stand for them.
+@pytest.mark.parametrize(
+    "device_ops", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
 @pytest.mark.parametrize("setting", [(4, 5), (12, 50), (12, 0)])
 @pytest.mark.parametrize("name", sorted(set(LOGITS) - {"steep"}))
 def test_exact_logits(device_ops, name, setting):

@@ -100,6 +100,53 @@ def test_strides_that_no_vector_fits(device_ops):
     assert_right(run(*device_ops, case), case)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [1, 3, 16, 33, 64, 500])
+def test_windows(device_ops, dtype, window):
+    """Blocks in front of a window have no numbers; narrow windows end within a tree."""
+    torch.manual_seed(window)
+    case = attention_case(
+        dtype, [0, 5, 64, 130], [5, 1, 16, 70], kv_heads=1, group=2, block_size=16, window=window,
+        softcap=9.0 if window == 16 else 0.0,
+    )  # fmt: skip
+    case = by_strides(case)
+    assert_right(run(*device_ops, case), case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_windows_and_sinks_in_pieces(device_ops, dtype, window, sinks):
+    torch.manual_seed(window)
+    case = by_strides(
+        attention_case(dtype, [1400, 520, 3], [6, 2, 1], kv_heads=1, group=2, window=window,
+                       sinks=sinks, sharpness=2.0)
+    )  # fmt: skip
+    assert_right(run(*device_ops, case), case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sinks(device_ops, dtype):
+    torch.manual_seed(1)
+    case = by_strides(attention_case(dtype, [40], [7], kv_heads=2, group=2, sinks=True))
+    case.sinks[:3] = torch.tensor([3e4, -3e4, -torch.inf])
+    case.masks[int(case.row_start[0]) + 2] = 0
+    out = run(*device_ops, case)
+    assert_right(out, case)
+    assert (out[case.covered()][:, 0] == 0).all()
+
+
+def test_a_window_and_a_sink_that_are_left_out_are_noticed(device_ops):
+    torch.manual_seed(2)
+    case = by_strides(attention_case(torch.float32, [60], [6], window=20, sinks=True))
+    whole = case.block_table.clone()
+    whole[whole < 0] = 0
+    for changes in ({"window": 21}, {"window": 19}, {"sinks": None}):
+        out = run(*device_ops, case.but(block_table=whole, **changes))
+        with pytest.raises(AssertionError):
+            assert_right(out, case)
+
+
 def test_a_row_that_sees_nothing_gets_zeros(device_ops):
     torch.manual_seed(0)
     case = by_strides(attention_case(torch.bfloat16, [0], [3]))

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
+import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,8 @@ import torch
 
 from vllm_redrafter import ops
 from vllm_redrafter.ops import library
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_operator_is_there():
@@ -68,3 +74,81 @@ def test_missing_and_unfit_libraries_are_explained(monkeypatch, tmp_path):
             ops.set_isa("baseline")
     finally:
         library._load.cache_clear()
+
+
+# -- torch's CUDA half ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["a torch with CUDA", "one without"])
+def test_torchs_cuda_half_is_shown_before_our_library_is_loaded(monkeypatch, tmp_path, there):
+    torch_cuda = tmp_path / "libtorch_cuda.so"
+    if there:
+        torch_cuda.touch()
+    calls = []
+    original = ctypes.CDLL
+
+    def load(name, mode=ctypes.DEFAULT_MODE):
+        calls.append((name, mode))
+        return object() if name == str(torch_cuda) else original(name, mode)
+
+    monkeypatch.setattr(library, "TORCH_CUDA", torch_cuda)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    library._load.cache_clear()
+    try:
+        assert ops.compiled_available(), ops.why_not()
+    finally:
+        library._load.cache_clear()
+    shown, ours = (str(torch_cuda), ctypes.RTLD_GLOBAL), str(library.LIBRARY)
+    assert calls[:1] == ([shown] if there else [(ours, ctypes.DEFAULT_MODE)])
+    assert {name for name, _ in calls[1:]} == {ours}
+
+
+def test_where_torchs_cuda_half_is():
+    """Beside libtorch_cpu.so, which every torch has."""
+    assert library.TORCH_CUDA.with_name("libtorch_cpu.so").is_file()
+    assert library.TORCH_CUDA.is_file() == (torch.version.cuda is not None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the loader of Linux")
+def test_the_weak_symbol_is_found(tmp_path):
+    """As in csrc/cuda, with stand-ins for torch's CUDA half and for our library.
+
+    The first of two equal stand-ins for ours is loaded without the cure, and finds nothing.
+    """
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    header = (ROOT / "csrc/cuda/launch.h").read_text(encoding="utf-8")
+    (weak,) = re.findall(r'^extern "C" __attribute__\(\(weak\)\)[^;]*;', header, re.MULTILINE)
+    stream = "aoti_torch_get_current_cuda_stream"
+    asked = set(re.findall(r"handle\.(redrafter_\w+)", Path(library.__file__).read_text("utf-8")))
+    sources = {
+        "libtorch_cuda": f'extern "C" int {stream}(int, void**) {{ return 7; }}',
+        "ours": f"#include <cstdint>\n{weak}\n"
+        f'extern "C" int redrafter_isa() {{ return {stream} ? {stream}(0, nullptr) : -1; }}\n'
+        + "".join(f'extern "C" void {name}() {{}}\n' for name in asked - {"redrafter_isa"}),
+    }
+    for name, source in sources.items():
+        (tmp_path / f"{name}.cpp").write_text(source, encoding="utf-8")
+        command = [compiler, "-shared", "-fPIC", "-o", f"{name}.so", f"{name}.cpp"]
+        subprocess.run(command, cwd=tmp_path, check=True)
+    shutil.copy(tmp_path / "ours.so", tmp_path / "uncured.so")
+    code = """
+        import ctypes, sys
+        from pathlib import Path
+        from vllm_redrafter.ops import library
+        folder = Path(sys.argv[1])
+        library.OPERATORS = ()
+        library.LIBRARY, library.TORCH_CUDA = folder / "uncured.so", folder / "libtorch_cuda.so"
+        ctypes.CDLL(str(library.TORCH_CUDA))  # as torch has it: seen by nobody else
+        for show in (lambda: None, library._show_torch_cuda):
+            library._show_torch_cuda = show
+            assert library.why_not() == ""
+            library.library().redrafter_isa.restype = ctypes.c_int
+            print(library.library().redrafter_isa())
+            library._load.cache_clear()
+            library.LIBRARY = folder / "ours.so"
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["-1", "7"], done.stdout + done.stderr

@@ -169,6 +169,16 @@ def test_bad_arguments():
         MoveKV(caches.keys, caches.values[:1], caches.key_map, caches.value_map)
 
 
+@pytest.mark.parametrize("wild", [-1, 2**31 - 1])
+def test_a_map_that_leads_out_of_its_region_is_refused(wild):
+    caches = Caches(torch.float32, "random")
+    mover = caches.mover()
+    mover.key_map[37 % BLOCK_SIZE * HEAD_DIM] = wild
+    mover(torch.tensor([3]), torch.tensor([4]))  # others are as good as before
+    with pytest.raises(RuntimeError, match=f"A map holds {wild}; a region has elements 0 to"):
+        mover(torch.tensor([3]), torch.tensor([37]))
+
+
 def test_without_the_library_the_twin_answers(monkeypatch):
     torch.manual_seed(3)
     caches = Caches(torch.bfloat16, "random")

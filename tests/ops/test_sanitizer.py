@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels' tests once more, emulated, under the address and UB sanitizers."""
+"""Under the address and UB sanitizers: the CUDA kernels' tests, emulated, and wild inputs."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ def under_sanitizers(*command: str) -> subprocess.CompletedProcess:
     env = os.environ | {
         "LD_PRELOAD": ":".join(runtimes),
         # Python and torch keep memory until the process ends.
-        "ASAN_OPTIONS": "detect_leaks=0",
+        # An allocation that cannot be is refused, as without sanitizers.
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
         "REDRAFTER_EMULATION_SANITIZE": "1",
+        "PYTHONPATH": str(HERE),
     }
     return subprocess.run(
         [sys.executable, *command], cwd=HERE.parents[1], env=env, capture_output=True, text=True
@@ -55,7 +57,24 @@ torch.ops.redrafter_toys.run(torch.empty(32), x, x, 6)
 def test_kernels_stay_in_bounds():
     files = sorted(str(path) for path in HERE.glob("test_cuda_*.py"))
     files.remove(str(HERE / "test_cuda_build.py"))
+    # Every second one: nvcc's code of all of them is run by the PTX interpreter, which sees bounds.
     done = under_sanitizers("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+                            "-p", "every_second",
                             "-m", "not gpu and not slow", *files)  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert " passed" in done.stdout and "Sanitizer" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("which", "count"), [("cpu", 10), ("cuda", 9)])
+def test_wild_inputs_are_refused_or_harmless(which, count):
+    """Every operator, with the arguments of `wild_inputs.py`: no report, and no other exception."""
+    done = under_sanitizers(str(HERE / "wild_inputs.py"), which, "150", "0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Sanitizer" not in done.stderr and "runtime error" not in done.stderr
+    counts = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
+    # Both occur for all: neither is everything refused, nor does everything pass.
+    operators = {name.split()[0] for name in counts}
+    assert len(operators) == count, counts
+    for name in operators:
+        assert int(counts[f"{name} ran"]) >= 15 and int(counts[f"{name} refused"]) >= 15, counts

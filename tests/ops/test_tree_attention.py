@@ -7,7 +7,14 @@ import random
 
 import pytest
 import torch
-from paged_cases import LAYOUTS, AttentionCase, attention_case, by_strides, layout_maps
+from paged_cases import (
+    LAYOUTS,
+    AttentionCase,
+    attention_case,
+    by_strides,
+    layout_maps,
+    random_sizes,
+)
 from torch import Tensor
 
 from vllm_redrafter.ops import reference
@@ -129,17 +136,9 @@ def test_random_sweep(seed, threads):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     threads(rng.choice([1, 2, 4]))
-    requests = rng.randint(1, 6)
     check(
         attention_case(
-            rng.choice(DTYPES),
-            [rng.choice([0, rng.randint(1, 40), rng.randint(41, 900)]) for _ in range(requests)],
-            [rng.choice([1, rng.randint(2, 20), rng.randint(21, 140)]) for _ in range(requests)],
-            head_dim=rng.choice([16, 64, 80, 112, 128]),
-            kv_heads=rng.randint(1, 4),
-            group=rng.randint(1, 5),
-            block_size=rng.choice([8, 16, 24, 32, 48, 64, 128]),
-            layout=rng.choice(["vector", "random"]),
+            **random_sizes(rng, DTYPES, 900),
             softcap=rng.choice([0.0, 0.0, 5.0, 30.0]),
             sharpness=rng.choice([1.0, 1.0, 8.0]),
         )
@@ -337,6 +336,45 @@ def test_bad_arguments():
     expect("masks", masks=case.masks.int())
     expect("scale is 0", scale=0.0)
     expect("softcap is -1", softcap=-1.0)
+
+
+@pytest.mark.parametrize("name", ["key_map", "value_map"])
+@pytest.mark.parametrize("wild", [-1, 1024, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("tagged", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_map_that_leads_out_of_its_region_is_refused(name, wild, tagged, layout):
+    """Or, where its tag says which layout it is, not read at all."""
+    torch.manual_seed(21)
+    case = attention_case(torch.float32, [20, 3], [4, 2], block_size=16, layout=layout)
+    wanted = run(case)
+    cache_map = getattr(case, name).clone()
+    if tagged:
+        cache_map = tag(cache_map, 16, case.query.shape[2])
+    cache_map[5] = wild
+    case = case.but(**{name: cache_map})
+    if tagged and layout != "random":
+        assert torch.equal(run(case)[case.covered()], wanted[case.covered()])
+        return
+    with pytest.raises(RuntimeError, match=rf"{name}\[5\] is {wild}; a region has elements 0 to"):
+        run(case)
+
+
+@pytest.mark.parametrize("wild", [-1, 5, 99, 2**31 - 1])
+def test_a_tag_that_is_none_is_refused(wild):
+    torch.manual_seed(22)
+    case = attention_case(torch.float32, [20, 3], [4, 2], block_size=16)
+    cache_map = tag(case.key_map, 16, case.query.shape[2]).clone()
+    cache_map[-1] = wild
+    with pytest.raises(RuntimeError, match=f"key_map ends with {wild}, which is no layout"):
+        run(case.but(key_map=cache_map))
+
+
+def test_a_map_needs_consecutive_regions():
+    torch.manual_seed(23)
+    case = attention_case(torch.float32, [20, 3], [4, 2], block_size=16)
+    one = torch.zeros(1).expand(case.key_cache.shape)
+    with pytest.raises(RuntimeError, match="consecutive elements, but the cache has strides 0"):
+        run(case.but(key_cache=one))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -13,10 +13,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 START_SECONDS = 420
 STOP_SECONDS = 90
@@ -32,15 +34,15 @@ class Server:
         *flags: str,
         speculative: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
+        program: tuple[str, ...] = (str(Path(sys.executable).with_name("vllm")), "serve"),
     ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        command = [
-            str(Path(sys.executable).with_name("vllm")), "serve", str(model),
-            "--host", "127.0.0.1", "--port", str(self.port), *flags,
-        ]  # fmt: skip
+        address = ("--host", "127.0.0.1", "--port", str(self.port))
+        command = [*program, str(model), *flags, *address]
         if speculative is not None:
             command += ["--speculative-config", json.dumps(speculative)]
         env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **(env or {})}
@@ -83,6 +85,11 @@ class Server:
             return
         self.process.wait(timeout=30)
 
+    def resident_bytes(self) -> int:
+        """Of the server and its children; what they share is counted for each."""
+        server = psutil.Process(self.process.pid)
+        return sum(one.memory_info().rss for one in (server, *server.children(recursive=True)))
+
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         with self._open(path, body) as answer:
             return json.load(answer)
@@ -98,16 +105,18 @@ class Server:
                     yield json.loads(event)
         raise RuntimeError("the stream ended without [DONE]")
 
+    def samples(self) -> list[Any]:
+        """Prometheus samples: name, labels, value."""
+        with urllib.request.urlopen(self._url("/metrics"), timeout=30) as answer:
+            text = answer.read().decode()
+        families = text_string_to_metric_families(text)
+        return [sample for family in families for sample in family.samples]
+
     def metrics(self) -> dict[str, float]:
         """Prometheus samples by name, summed over their labels."""
-        with urllib.request.urlopen(self._url("/metrics"), timeout=30) as answer:
-            lines = answer.read().decode().splitlines()
         found: dict[str, float] = {}
-        for line in lines:
-            if line and not line.startswith("#"):
-                name, _, value = line.rpartition(" ")
-                name = name.partition("{")[0]
-                found[name] = found.get(name, 0.0) + float(value)
+        for sample in self.samples():
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
         return found
 
     def _open(self, path: str, body: dict[str, Any]) -> Any:
@@ -122,4 +131,28 @@ class Server:
             raise RuntimeError(f"{path}: {error.code} {error.read().decode()}") from error
 
     def _url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
+        return f"{self.url}{path}"
+
+
+@contextmanager
+def plain_and_redrafter(
+    directory: Path,
+    target: Path,
+    drafter: Path,
+    flags: tuple[str, ...],
+    env: dict[str, str] | None = None,
+    more: tuple[str, ...] = (),
+) -> Iterator[tuple[Server, Server]]:
+    """A plain server and one with ReDrafter, started side by side; ``more`` are flags of ours."""
+    plain = Server(directory / "plain.log", target, *flags, env=env)
+    ours = Server(
+        directory / "redrafter.log", target, *flags, *more, env=env,
+        speculative={"method": "redrafter", "model": str(drafter)},
+    )  # fmt: skip
+    try:
+        plain.wait()
+        ours.wait()
+        yield plain, ours
+    finally:
+        plain.kill()
+        ours.kill()

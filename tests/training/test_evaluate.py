@@ -15,10 +15,16 @@ from tiny_models import write_random_drafter as write_random
 from vllm_redrafter.cli import main
 from vllm_redrafter.drafter.beam_search import beam_search
 from vllm_redrafter.drafter.checkpoint import load_drafter, save_drafter
+from vllm_redrafter.training import costs as costs_module
 from vllm_redrafter.training import evaluate as subject
+from vllm_redrafter.training import replay as replay_module
+from vllm_redrafter.training.answers import Recorded, read_answers
+from vllm_redrafter.training.costs import Costs
 from vllm_redrafter.training.errors import TrainingError
-from vllm_redrafter.training.evaluate import Costs, Counts, Recorded, Replay, Setting, evaluate
+from vllm_redrafter.training.eval_report import summed
+from vllm_redrafter.training.evaluate import evaluate
 from vllm_redrafter.training.options import EvalOptions
+from vllm_redrafter.training.replay import Counts, Replay, Setting
 from vllm_redrafter.training.target import Target
 from vllm_redrafter.tree.build import build_tree
 
@@ -83,7 +89,8 @@ def slow_replay(drafter, hidden, recorded: Recorded, setting: Setting, rule: str
         tree = build_tree(beams, rule, setting.num_nodes)
         node = accepted = 0
         nodes = int(tree.num_nodes[0])
-        while said + accepted < len(text):
+        # The last token ends the answer, drafted or not.
+        while said + accepted < len(text) - 1:
             children = [n for n in range(1, nodes) if int(tree.parents[0, n]) == node
                         and int(tree.tokens[0, n]) == text[said + accepted]]  # fmt: skip
             if not children:
@@ -99,7 +106,9 @@ def slow_replay(drafter, hidden, recorded: Recorded, setting: Setting, rule: str
 def test_the_replay_is_a_step_by_step_decoding(
     tmp_path, target, answers, fitted, rule, kind, monkeypatch
 ):
-    monkeypatch.setattr(subject, "_CHUNK_LOGITS", 320 * 4 * 9)  # chunks that end within answers
+    monkeypatch.setattr(
+        replay_module, "_CHUNK_LOGITS", 320 * 4 * 9
+    )  # chunks that end within answers
     directory = fitted
     if kind == "random":
         directory = write_random(tmp_path / "random")
@@ -112,7 +121,9 @@ def test_the_replay_is_a_step_by_step_decoding(
     settings = subject.parse_settings(SETTINGS)
     drafter = bound(target, directory)
     frozen = Target(target, "float32", torch.device("cpu"))
-    outcomes = subject.replay(frozen, Replay(drafter, settings, rule), answers, group_tokens=70)
+    outcomes = replay_module.replay(
+        frozen, Replay(drafter, settings, rule), answers, group_tokens=70
+    )
     total = 0
     for recorded, outcome in zip(answers, outcomes, strict=True):
         hidden = frozen.hidden([torch.tensor(recorded.prompt + recorded.answer)])[0]
@@ -136,11 +147,11 @@ def test_the_replay_is_a_step_by_step_decoding(
 
 
 def test_counting_by_hand():
-    # Known tokens at 0 (2 accepted), 3 (none), 4 (1 accepted, which is the answer's last token).
-    counts = subject.steps_of([2, 9, 9, 0, 1], [3, 9, 9, 2, 1])
+    # Known tokens at 0 (2 accepted), 3 (none), 4 (1 accepted).
+    counts = replay_module.steps_of([2, 9, 9, 0, 1], [3, 9, 9, 2, 1])
     assert counts == Counts(drafts=3, accepted=3, nodes=6)
     assert counts.acceptance_length == 2
-    assert subject.steps_of([], []) == Counts()
+    assert replay_module.steps_of([], []) == Counts()
 
 
 def chain_from_5():
@@ -155,28 +166,43 @@ def chain_from_5():
 
 
 def test_nothing_is_accepted_behind_the_end():
-    assert subject.following_tokens([5, 6, 7], 2).tolist() == [[5, 6, 7, -1], [6, 7, -1, -1]]
+    assert replay_module.following_tokens([5, 6, 7], 2).tolist() == [[5, 6, 7, -1], [6, 7, -1, -1]]
     # A drafter that always says what comes next would go on: the answer 5 6 7 ends it.
     setting, accept, context, chain = chain_from_5()
     for length in (2, 3, 4):
-        table = subject.following_tokens(chain[:length], 3)[:1]
-        assert [int(part) for part in accept(context, table)[setting]] == [length - 1, 3]
+        table = replay_module.following_tokens(chain[:length], 3)[:1]
+        verified = accept(context, table)[setting]
+        assert [int(verified.accepted), int(verified.nodes)] == [length - 1, 3]
+        assert verified.sources.tolist() == [[length - 1, 0, 0]]
 
 
 def test_the_end_counts_as_in_vllm():
-    table = subject.following_tokens([5, 6, 7], 2, [8, 9, 10])
-    assert table.tolist() == [[5, 6, 7, 8], [6, 7, 8, 9]]
-    # Drafts behind 5 (all three right), 6 and 7; a request that max_tokens ends skips the last.
-    setting, accept, context, chain = chain_from_5()
-    for known in range(4):
-        table = subject.following_tokens(chain[:2], 3, chain[2 : 2 + known])[:1]
-        assert int(accept(context, table)[setting][0]) == 1 + min(known, 2)
+    # Drafts behind 5, 6 and 7; a request that max_tokens ends skips the last.
     said = [5, 6, 7, 8]
     assert [Recorded([1], said[:n], finish_reason="length").drafting_positions
             for n in (1, 2, 4)] == [0, 0, 2]  # fmt: skip
     for reason in (None, "stop"):
         assert [Recorded([1], said[:n], finish_reason=reason).drafting_positions
                 for n in (1, 2, 4)] == [0, 1, 3]  # fmt: skip
+    # An answer that stops with its last possible token makes no draft for that one either.
+    assert [Recorded([1], said, finish_reason="stop", max_tokens=n).drafting_positions
+            for n in (4, 5, 9)] == [2, 3, 3]  # fmt: skip
+
+
+def test_trees_are_no_deeper_than_what_may_still_be_said():
+    said = [5, 6, 7, 8, 9]
+    # 5 is known, 4 may follow, of which the target says the last one itself.
+    ended = Recorded([1], said, finish_reason="length", max_tokens=50)
+    assert replay_module.depth_limits(ended, 16).tolist() == [3, 2, 1, 0]
+    stopped = Recorded([1], said, finish_reason="stop", max_tokens=8)
+    assert replay_module.depth_limits(stopped, 16).tolist() == [6, 5, 4, 3]
+    assert replay_module.depth_limits(Recorded([1], said), 16).tolist() == [16] * 4
+    # A chain of three that is right throughout.
+    setting, accept, context, chain = chain_from_5()
+    table = replay_module.following_tokens(chain, 3)[:1]
+    for limit in range(4):
+        verified = accept(context, table, limits=torch.tensor([limit]))[setting]
+        assert (int(verified.accepted), int(verified.nodes)) == (limit, limit)
 
 
 def test_shuffled_weights_and_a_wrong_offset_accept_less(tmp_path, target, answers, fitted):
@@ -189,9 +215,7 @@ def test_shuffled_weights_and_a_wrong_offset_accept_less(tmp_path, target, answe
         shifted = Target(target, "float32", torch.device("cpu"))
         shifted.hidden = lambda seqs: [s.roll(offset, 0) for s in frozen.hidden(seqs)]
         replayer = Replay(bound(target, directory), [setting], "best")
-        return subject._summed(
-            subject.replay(shifted, replayer, recorded), setting
-        ).acceptance_length
+        return summed(replay_module.replay(shifted, replayer, recorded), setting).acceptance_length
 
     tensors = load_file(fitted / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
@@ -212,7 +236,7 @@ def test_costs_by_hand(tmp_path):
     path = tmp_path / "costs.json"
     path.write_text(json.dumps({"plain_ms": 30, "draft_ms": {"4, 3": 2, "1,3": 1},
                                 "rows_ms": {"8": 40, "1": 30, "4": 32}}))  # fmt: skip
-    costs = subject.read_costs(path)
+    costs = costs_module.read_costs(path)
     assert costs == Costs(30, {(4, 3): 2, (1, 3): 1}, ((1, 30), (4, 32), (8, 40)))
     assert [costs.rows_ms(r) for r in (1, 2.5, 4, 6, 8)] == [30, 31, 32, 36, 40]
     # 5 nodes a draft: 6 rows, 36 ms, and 2 for the draft; 1.9 tokens in 38 ms against 30 each.
@@ -235,15 +259,15 @@ def test_costs_by_hand(tmp_path):
 def test_costs_of_another_form(tmp_path, value, message):
     (tmp_path / "costs.json").write_text(json.dumps(value))
     with pytest.raises(TrainingError, match=message):
-        subject.read_costs(tmp_path / "costs.json")
+        costs_module.read_costs(tmp_path / "costs.json")
 
 
 def test_recommendation():
     entries = [{"setting": "1,3,3", "speed_up": 1.2}, {"setting": "4,3,7", "speed_up": 1.4}]
-    assert subject.recommend(entries)["setting"] == "4,3,7"
-    none = subject.recommend([{"setting": "1,3,3", "speed_up": 0.8}])
+    assert costs_module.recommend(entries)["setting"] == "4,3,7"
+    none = costs_module.recommend([{"setting": "1,3,3", "speed_up": 0.8}])
     assert none["setting"] is None and "none is predicted to be faster" in none["why"]
-    assert "no costs were given" in subject.recommend([])["why"]
+    assert "no costs were given" in costs_module.recommend([])["why"]
 
 
 def test_looping():
@@ -310,6 +334,48 @@ def test_costs_that_lack_a_setting_are_told_before_the_replay(tmp_path, target, 
         evaluate(options)
 
 
+def table(tmp_path, node_ms):
+    """A file of `vllm-redrafter calibrate`: a step of 10 ms, each node more, a draft of 1 ms."""
+    seconds = [[n, 0.01 + node_ms / 1e3 * (n - 1)] for n in (1, 2, 16)]
+    drafts = {"1,3": [[1, 0.001]], "4,3": [[1, 0.001]]}
+    file = tmp_path / f"costs{node_ms}.json"
+    file.write_text(json.dumps({"format": 1, "identity": {}, "rows_seconds": seconds,
+                                "draft_seconds": drafts, "attention_seconds": 0.0}))  # fmt: skip
+    return file
+
+
+def test_a_budget_takes_the_nodes_that_pay(tmp_path, target, answers, fitted):
+    file = write_answers(tmp_path / "answers.jsonl", answers)
+    given = (str(target), str(fitted), str(file))
+    setting, results = "4,3,7", {}
+    for node_ms in (0.001, 3.0, 30.0):
+        out = str(tmp_path / f"out{node_ms}")
+        report = evaluate(EvalOptions(*given, out, settings=(setting,), node_budget="auto",
+                                      costs=str(table(tmp_path, node_ms))))  # fmt: skip
+        [prediction] = report["predictions"]
+        results[node_ms] = report["groups"][0]["settings"][setting], prediction
+    free, dear, never = results.values()
+    fixed = evaluate(EvalOptions(*given, str(tmp_path / "fixed"), settings=(setting,),
+                                 costs=str(table(tmp_path, 3.0))))  # fmt: skip
+    all_nodes = fixed["groups"][0]["settings"][setting]
+    # Nodes for nothing: all that are likely enough. Dear ones: fewer, and faster so.
+    assert all_nodes["nodes_per_draft"] >= free[0]["nodes_per_draft"] > dear[0]["nodes_per_draft"]
+    assert free[0]["acceptance_length"] > dear[0]["acceptance_length"] > 1
+    assert dear[1]["speed_up"] > fixed["predictions"][0]["speed_up"]
+    # Too dear: none, and a step costs what its draft costs besides.
+    assert never[0]["nodes_per_draft"] == never[0]["accepted"] == 0
+    assert never[1]["step_ms"] == pytest.approx(11) and never[1]["speed_up"] < 1
+
+
+def test_a_budget_needs_measured_times(tmp_path):
+    with pytest.raises(TrainingError, match="--node-budget auto weighs nodes by measured times"):
+        EvalOptions("t", "d", "a", str(tmp_path), node_budget="auto")
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"format": 1}')
+    with pytest.raises(TrainingError, match="it is no cost table"):
+        costs_module.read_costs(broken)
+
+
 GOOD = '{"prompt_token_ids": [1], "token_ids": [2, 3]}'
 
 
@@ -323,26 +389,27 @@ GOOD = '{"prompt_token_ids": [1], "token_ids": [2, 3]}'
     ('{"prompt_token_ids": [1], "token_ids": [320]}', "line 3: token_ids has the id 320, but"),
     ('{"prompt_token_ids": [-1], "token_ids": [2]}', "line 3: prompt_token_ids has the id -1"),
     ('{"prompt_token_ids": [1], "token_ids": [2], "category": 3}', "line 3: category is 3"),
-    ('{"prompt_token_ids": [1], "token_ids": [2], "continuation": [320]}', "line 3: continuation"),
     ('{"prompt_token_ids": [1], "token_ids": [2], "finish_reason": "end"}',
      "line 3: finish_reason is 'end'"),
+    ('{"prompt_token_ids": [1], "token_ids": [2, 3], "max_tokens": 1}', "line 3: max_tokens is 1;"),
+    ('{"prompt_token_ids": [1], "token_ids": [2], "max_tokens": true}', "max_tokens is True;"),
 ])  # fmt: skip
 def test_broken_lines_are_named(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
     with pytest.raises(TrainingError, match=message):
-        subject.read_answers(tmp_path / "a.jsonl", 320)
+        read_answers(tmp_path / "a.jsonl", 320)
 
 
 def test_files_without_anything_to_draft(tmp_path):
     path = tmp_path / "a.jsonl"
     with pytest.raises(TrainingError, match="cannot be read"):
-        subject.read_answers(path, 320)
+        read_answers(path, 320)
     path.write_text("\n")
     with pytest.raises(TrainingError, match="holds no answers"):
-        subject.read_answers(path, 320)
+        read_answers(path, 320)
     path.write_text('{"prompt_token_ids": [1], "token_ids": [2]}')
     with pytest.raises(TrainingError, match="no answer has two tokens"):
-        subject.read_answers(path, 320)
+        read_answers(path, 320)
 
 
 @pytest.mark.parametrize("text", ["4,3", "4,3,x", "0,3,3", "4,3,0"])

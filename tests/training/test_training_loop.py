@@ -22,6 +22,7 @@ from vllm_redrafter.training import files, log
 from vllm_redrafter.training.batches import RUN, Schedule, make_group
 from vllm_redrafter.training.dataset import load_dataset
 from vllm_redrafter.training.errors import TrainingError
+from vllm_redrafter.training.fingerprint import of_directory
 from vllm_redrafter.training.model import TrainableDrafter
 from vllm_redrafter.training.options import TrainOptions
 from vllm_redrafter.training.target import Target
@@ -83,6 +84,7 @@ def test_every_shape_trains_and_loads(tmp_path, target, data, shape):
     assert (result.coverage < 1) == ("draft_vocab_size" in fields)
     assert drafter.config.defaults == ({"draft_length": 2} if shape == "sum" else {})
     assert json.loads((tmp_path / "out" / "config.json").read_text())["target"] == "target"
+    assert drafter.config.target == of_directory(target)
 
 
 def test_offsets_weigh_less_and_less_and_as_much_in_all():
@@ -176,7 +178,7 @@ def test_an_older_run_is_not_overwritten_and_not_mixed(tmp_path, target, data):
     train(options(target, data, out, max_steps=2))
     with pytest.raises(TrainingError, match="already holds a drafter or a run; give --resume"):
         train(options(target, data, out, max_steps=2))
-    with pytest.raises(TrainingError, match="had lr 0.001, now it is 0.002; resume with the same"):
+    with pytest.raises(TrainingError, match="had 'lr' 0.001, now it is 0.002; resume with the"):
         train(options(target, data, out, max_steps=2, lr=2e-3, resume=True))
     other = write_dataset(tmp_path / "other", torch.randint(256, (20, 48)))
     with pytest.raises(TrainingError, match="was on other data"):
@@ -274,6 +276,25 @@ def test_two_processes_train_one_drafter(tmp_path, target, data):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote ") == 1
     assert load_drafter(tmp_path / "out", lm_head=torch.zeros(320, 64)).config.shared_head
+
+
+def test_process_groups_of_the_caller_stay():
+    """In a process of its own: an engine's groups must not end with a training run beside it."""
+    code = """
+import tempfile, torch.distributed as dist
+from vllm_redrafter.training.train import _processes
+store = tempfile.mkdtemp() + "/store"
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+with _processes() as found:
+    assert found == (0, 1, None), found
+assert dist.is_initialized()
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env.pop("WORLD_SIZE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_command_with_a_yaml_file(tmp_path, target, data, capsys):

@@ -15,9 +15,9 @@ from torch import Tensor
 from vllm_redrafter.drafter.beam_search import beam_search
 from vllm_redrafter.drafter.checkpoint import load_drafter
 from vllm_redrafter.training.data import Item, _totals, _write_shard
-from vllm_redrafter.training.dataset import FORMAT, FORMAT_VERSION, MANIFEST
 from vllm_redrafter.training.files import write_json
 from vllm_redrafter.training.generate import Answer, Request
+from vllm_redrafter.training.manifest import FORMAT, FORMAT_VERSION, MANIFEST
 from vllm_redrafter.tree.build import build_tree
 from vllm_redrafter.tree.walk import walk_greedy
 

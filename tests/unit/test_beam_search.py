@@ -10,6 +10,7 @@ from vllm_redrafter import Drafter, DrafterConfig, beam_search
 from vllm_redrafter.drafter.beam_search import (
     FILLER_SCORE,
     FLOOR,
+    greedy_chain,
     log_probabilities,
     top_k_lowest_index,
 )
@@ -146,3 +147,19 @@ def test_an_empty_batch():
 def test_impossible_settings_are_refused(width, length, top_k):
     with pytest.raises(ValueError, match="at least"):
         beam_search(random_drafter(), torch.randn(1, 6), torch.tensor([0]), width, length, top_k)
+
+
+@pytest.mark.parametrize("width, seed", [(1, 0), (6, 1), (6, 2), (3, 3)])
+def test_the_greedy_chain_is_what_a_beam_of_one_keeps(width, seed):
+    drafter = random_drafter(vocab=30, seed=seed)
+    context, known = torch.randn(20, 6), torch.arange(20)
+    for length in (1, 2, 4):
+        chain = greedy_chain(beam_search(drafter, context, known, width, 4), length)
+        alone = beam_search(drafter, context, known, 1, length)
+        assert chain.tokens.shape == alone.tokens.shape and not chain.parents.any()
+        kept = chain.scores > FILLER_SCORE
+        # What a wider beam pruned, with all behind it, is a filler; the first is never pruned.
+        assert kept[:, 0].all() and not (kept[:, 1:] & ~kept[:, :-1]).any()
+        assert torch.equal(chain.tokens[kept], alone.tokens[kept])
+        torch.testing.assert_close(chain.scores[kept], alone.scores[kept])
+        assert kept.all() or width > 1

@@ -47,6 +47,8 @@ def as_rank(monkeypatch):
 CHAIN = Tree.from_lists([[5, 6, 7, 8], [1, 2, 0, 0]], [[-1, 0, 1, 2], [-1, 0, 0, 0]])
 BRANCHES = Tree.from_lists([[5, 6, 7, 9], [1, 2, 0, 0]], [[-1, 0, 0, 1], [-1, 0, 0, 0]])
 
+FIRST = torch.tensor([[0, 1, 2, 3], [0, 2, 0, 0]])
+
 
 def same(tree, other):
     return all(torch.equal(vars(tree)[name], vars(other)[name]) for name in vars(tree))
@@ -54,11 +56,13 @@ def same(tree, other):
 
 def test_trees_on_the_device(as_rank):
     as_rank(0)
-    tree, masks = first_rank.first_ranks_trees(CHAIN, CHAIN.packed_mask())
+    tree, masks, sources = first_rank.first_ranks_trees(CHAIN, CHAIN.packed_mask(), FIRST)
     assert same(tree, CHAIN) and torch.equal(masks, CHAIN.packed_mask())
+    assert torch.equal(sources, FIRST)
     as_rank(1)
-    tree, masks = first_rank.first_ranks_trees(BRANCHES, BRANCHES.packed_mask())
+    tree, masks, sources = first_rank.first_ranks_trees(BRANCHES, BRANCHES.packed_mask(), -FIRST)
     assert same(tree, CHAIN) and torch.equal(masks, CHAIN.packed_mask())
+    assert torch.equal(sources, FIRST)
     assert first_rank.differ(BRANCHES, tree).tolist() == [True, False]
 
 
@@ -66,9 +70,10 @@ def test_trees_of_more_nodes_than_a_mask_word(as_rank):
     rows = 70
     chain = Tree.from_lists([list(range(rows))], [list(range(-1, rows - 1))])
     as_rank(0)
-    tree, masks = first_rank.first_ranks_trees(chain, chain.packed_mask())
+    tree, masks, sources = first_rank.first_ranks_trees(chain, chain.packed_mask(), chain.tokens)
     assert masks.shape == (1, rows, 2)
     assert same(tree, chain) and torch.equal(masks, chain.packed_mask())
+    assert torch.equal(sources, chain.tokens)
 
 
 def test_objects(as_rank):

@@ -31,14 +31,17 @@ def test_defaults_of_ours():
     options = resolve()
     assert options == ReDrafterOptions(
         model="dir",
-        num_speculative_tokens=min(
-            module.DEFAULT_MAX_NODES, module.DEFAULT_BEAM_WIDTH * module.DEFAULT_DRAFT_LENGTH
-        ),
+        num_speculative_tokens=module.DEFAULT_MAX_BUDGET,
         beam_width=module.DEFAULT_BEAM_WIDTH,
         draft_length=module.DEFAULT_DRAFT_LENGTH,
         tree="best",
         top_k=0,
+        prompt_lookup=True,
+        prompt_lookup_num_tokens=16,
+        node_budget="auto",
+        cost_table="",
     )
+    assert options.max_depth == 16
 
 
 def test_the_drafters_defaults_come_before_ours_and_the_users_before_both():
@@ -46,7 +49,9 @@ def test_the_drafters_defaults_come_before_ours_and_the_users_before_both():
         "beam_width": 5, "draft_length": 6, "tree": "beams", "top_k": 50,
         "num_speculative_tokens": 20,
     }  # fmt: skip
-    assert resolve(**defaults) == ReDrafterOptions("dir", 20, 5, 6, "beams", 50)
+    assert resolve(**defaults) == ReDrafterOptions(
+        "dir", 20, 5, 6, "beams", 50, prompt_lookup=False, node_budget="fixed"
+    )
     user = {
         "beam_width": 2, "draft_length": 3, "tree": "best", "top_k": 0,
         "num_speculative_tokens": 4,
@@ -59,11 +64,48 @@ def test_null_means_left_out():
 
 
 def test_no_more_nodes_than_a_draft_has():
-    user = {"beam_width": 2, "draft_length": 3}
+    user = {"beam_width": 2, "draft_length": 3, "prompt_lookup": False}
     assert resolve(user | {"num_speculative_tokens": 50}).num_speculative_tokens == 6
     assert resolve(user).num_speculative_tokens == 6
-    wide = resolve({"beam_width": 10, "draft_length": 10})
-    assert wide.num_speculative_tokens == module.DEFAULT_MAX_NODES
+    wide = {"beam_width": 10, "draft_length": 10, "node_budget": "fixed"}
+    assert resolve(wide).num_speculative_tokens == module.DEFAULT_MAX_NODES
+    # Four continuations of the request's own text beside the beams.
+    user |= {"prompt_lookup": True, "prompt_lookup_num_tokens": 5, "num_speculative_tokens": 50}
+    assert resolve(user).num_speculative_tokens == 26
+
+
+def test_the_drafters_number_is_for_a_fixed_budget():
+    assert resolve(num_speculative_tokens=7).num_speculative_tokens == module.DEFAULT_MAX_BUDGET
+    assert resolve({"node_budget": "fixed"}, num_speculative_tokens=7).num_speculative_tokens == 7
+    assert resolve({"num_speculative_tokens": 9}, num_speculative_tokens=7) == resolve(
+        {"num_speculative_tokens": 9}
+    )
+    rows = resolve_options({"model": "dir"}, drafter(num_speculative_tokens=7), fixed_rows=True)
+    assert rows.num_speculative_tokens == 7
+
+
+def test_apples_rule_stays_pure():
+    options = resolve({"tree": "beams"})
+    assert not options.prompt_lookup and options.node_budget == "fixed"
+    assert options.max_depth == options.draft_length
+    with pytest.raises(OptionError, match="^prompt_lookup is true, but tree 'beams' holds the"):
+        resolve({"tree": "beams", "prompt_lookup": True})
+    with pytest.raises(OptionError, match="^node_budget is 'auto', but tree 'beams' does not"):
+        resolve({"tree": "beams", "node_budget": "auto"})
+
+
+@pytest.mark.parametrize(
+    "key, bad, said",
+    [
+        ("prompt_lookup", 1, "prompt_lookup is 1 in speculative_config; it must be true or false."),
+        ("prompt_lookup_num_tokens", 0, "it must be an integer >= 1."),
+        ("node_budget", "some", "it must be one of auto, fixed."),
+        ("cost_table", 3, "it must be the path of a file"),
+    ],
+)
+def test_a_bad_value_of_lookup_or_budget(key, bad, said):
+    with pytest.raises(OptionError, match=re.escape(said)):
+        resolve({key: bad})
 
 
 @pytest.mark.parametrize("source", ["speculative_config", "the drafter's config.json"])
@@ -105,7 +147,8 @@ def test_an_unknown_key_lists_the_valid_ones():
     message = (
         "speculative_config has the unknown key 'beam_widht'; ReDrafter's keys are method, model, "
         "num_speculative_tokens, beam_width, draft_length, tree, top_k, "
-        "num_speculative_tokens_per_batch_size."
+        "num_speculative_tokens_per_batch_size, prompt_lookup, prompt_lookup_num_tokens, "
+        "node_budget, cost_table, fail_on_target_mismatch, revision."
     )
     with pytest.raises(OptionError, match=f"^{re.escape(message)}$"):
         check_keys({"model": "dir", "beam_widht": 4})

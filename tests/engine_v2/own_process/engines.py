@@ -10,11 +10,17 @@ import torch
 from engine_v1 import engines as v1
 from engine_v1.oracle import Oracle, request_tree
 
-from vllm_redrafter.engine.metrics import ReDrafterStats
+from vllm_redrafter.engine.v2.tree_store import Drafted
 from vllm_redrafter.ops.build_tree import _padded
+from vllm_redrafter.tree.candidates import FROM_DRAFTER
 from vllm_redrafter.tree.tree import NO_PARENT, Tree
 
 SPEC = {"spec_num_speculative_tokens": 15, "spec_beam_width": 4, "spec_draft_length": 4}
+
+HYBRID = {
+    "spec_num_speculative_tokens": 15, "spec_beam_width": 6, "spec_draft_length": 4,
+}  # fmt: skip
+DRAFTER_ALONE = HYBRID | {"spec_prompt_lookup": False}
 
 _ENGINES: dict = {}
 
@@ -26,11 +32,16 @@ class Engine:
         self.llm = llm
         core = llm.llm_engine.engine_core.engine_core
         self.scheduler = core.scheduler
-        self.runner = core.model_executor.driver_worker.worker.model_runner
+        self.worker = core.model_executor.driver_worker.worker
+        self.runner = self.worker.model_runner
         self.speculator = self.runner.speculator
         self.state = self.runner.model_state
         self.verifies_trees = self.speculator is not None
         self.drafts_itself = getattr(self.speculator, "_draft_trees", None)
+        if self.verifies_trees:
+            # In a test an error of drafting is a failure.
+            self.guarded = self.speculator.draft_guard.serving
+            self.speculator.draft_guard.serving = False
         self.preemptions = 0
         original = self.scheduler._preempt_request
 
@@ -55,26 +66,18 @@ class Engine:
             assert self.llm.reset_prefix_cache()
         if not self.verifies_trees:
             return
-        forget(self.state.stats)
+        self.state.stats.reset()
         self.speculator._draft_trees = (
             self.drafts_itself
             if drafter is None
             else types.MethodType(
-                lambda _, context, known, batch: drafter.draft(self, context, known, batch),
+                lambda _, context, known, batch, nodes: drafter.draft(self, context, known, batch),
                 self.speculator,
             )
         )
 
     def generate(self, prompts, params, **more):
         return self.llm.generate(v1.as_requests(prompts), params, use_tqdm=False, **more)
-
-
-def forget(stats):
-    """Count from nothing, where CUDA graphs count too."""
-    for value in vars(stats).values():
-        if isinstance(value, torch.Tensor):
-            value.zero_()
-    stats.host = ReDrafterStats()
 
 
 def engine(model, drafter=None, **settings):
@@ -123,7 +126,8 @@ class V2Oracle(Oracle):
             tokens.append([root, *drafted.tokens])
             parents.append([NO_PARENT, *drafted.parents])
         tree = Tree.from_lists(tokens, parents)
-        return _padded(tree, tree.packed_mask(), engine.most_nodes + 1)
+        tree, masks = _padded(tree, tree.packed_mask(), engine.most_nodes + 1)
+        return Drafted(tree, masks, torch.full_like(tree.tokens, FROM_DRAFTER))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from engine_v1.tiny_target import tiny_drafter, write_target, write_taught_drafter
 from redrafter_test_triton_cpu.vllm_plugin import apply
 
-from engine_v2.own_process.engines import SPEC, Pair, engine
+from engine_v2.own_process.engines import DRAFTER_ALONE, HYBRID, SPEC, Pair, engine
 from vllm_redrafter.drafter.checkpoint import save_drafter
 from vllm_redrafter.plugin import register
 
@@ -58,8 +58,11 @@ def taught_drafter(pair, target, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def taught(target, taught_drafter):
-    """ReDrafter as it is: no oracle drafts unless a test puts one there."""
-    return engine(
-        target, taught_drafter, spec_beam_width=6, spec_draft_length=4,
-        spec_num_speculative_tokens=15,
-    )  # fmt: skip
+    """The drafter alone: no oracle drafts unless a test puts one there."""
+    return engine(target, taught_drafter, **DRAFTER_ALONE)
+
+
+@pytest.fixture(scope="session")
+def hybrid(target, taught_drafter):
+    """The drafter and the lookup."""
+    return engine(target, taught_drafter, **HYBRID)

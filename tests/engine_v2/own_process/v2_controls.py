@@ -13,6 +13,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from engine_v2.own_process.host_reads import HostReads
 from vllm_redrafter.drafter.checkpoint import load_drafter
+from vllm_redrafter.engine.prometheus import sender
 from vllm_redrafter.engine.v2 import model_state
 from vllm_redrafter.engine.v2.draft import LayerwiseDraft
 from vllm_redrafter.engine.v2.tree_store import Shape
@@ -100,20 +101,28 @@ def test_trees_for_what_needs_chains(pair, monkeypatch, kind):
 
 
 @pytest.mark.parametrize("form", ["compiled", "layer by layer"])
-def test_no_step_reads_the_device(taught, monkeypatch, form):
-    """Not in our methods and not in what they call of ours, with the real drafter."""
+def test_no_step_reads_the_device(hybrid, monkeypatch, form):
+    """Not in our methods and not in what they call of ours, with drafter and lookup."""
     if form != "compiled":
         drafter = load_drafter(
-            taught.speculator.options.model, embedding=taught.speculator._draft.embedding
+            hybrid.speculator.options.model, embedding=hybrid.speculator._draft.embedding
         )
-        monkeypatch.setattr(taught.speculator, "_draft", LayerwiseDraft(drafter, 6, 4, 0))
-    taught.reset()
+        monkeypatch.setattr(hybrid.speculator, "_draft", LayerwiseDraft(drafter, 6, 4, 0))
+    hybrid.reset()
     kinds = [{"temperature": 0}, {"seed": 1}, {"logprobs": 2}, {"presence_penalty": 1.0}]
     params = [SamplingParams(max_tokens=10, **kinds[i % 4]) for i in range(8)]
+    # Every step starts a copy of the counters, and brings it along.
+    monkeypatch.setattr(sender, "EVERY", 0.0)
+    metrics = hybrid.worker._metrics
+    metrics._due = 0.0
     with HostReads() as reads:
-        taught.generate(prompts(8), params)
-    assert taught.stats["steps"] > 5
+        hybrid.generate(prompts(8), params)
+    stats = hybrid.stats
+    assert stats["steps"] > 5
     assert reads.found == []
+    # Taken before a step's own work: the last one's is still to come.
+    told = metrics._changes._told["redrafter_steps_total", ""]
+    assert stats["steps"] - 2 <= told <= stats["steps"]
 
 
 @pytest.mark.parametrize(

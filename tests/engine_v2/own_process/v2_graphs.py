@@ -19,8 +19,9 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 
 from engine_v2.own_process.emulated_graphs import Address, EmulatedGraph, GoneError, patch_torch
-from engine_v2.own_process.engines import engine
+from engine_v2.own_process.engines import DRAFTER_ALONE, engine
 from engine_v2.own_process.host_reads import HostReads
+from engine_v2.own_process.v2_hybrid import only, repetitive
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16)
 SIZES = (1, 2, 4, 8)  # requests
@@ -126,10 +127,7 @@ def test_trees_beside_prompts(make_pair, captured, watched):
 
 def test_drafts_by_graph(pair, target, taught_drafter, captured, monkeypatch):
     """The real drafter: as good as without graphs; of no use where a buffer moved."""
-    trees = engine(
-        target, taught_drafter, spec_beam_width=6, spec_draft_length=4,
-        spec_num_speculative_tokens=15,
-    )  # fmt: skip
+    trees = engine(target, taught_drafter, **DRAFTER_ALONE)
     speculator, batch = trees.speculator, prompts(6)
     pair.plain.reset()
     expected = answers(pair.plain.generate(batch, GREEDY))
@@ -147,6 +145,33 @@ def test_drafts_by_graph(pair, target, taught_drafter, captured, monkeypatch):
     assert set(replayed) == set(SIZES) and replayed[8] > 2, replayed
     assert good["acceptance_length"] > 1.5, good
     assert stale["acceptance_length"] < good["acceptance_length"] - 0.3, stale
+
+
+def test_the_lookup_by_graph(pair, hybrid, captured, monkeypatch):
+    """Texts grow under the graph; and slots and numbers of nodes come from where it reads them."""
+    batch, params = repetitive(3), [only(i, max_tokens=24) for i in range(3)]
+    pair.plain.reset()
+    expected = answers(pair.plain.generate(batch, params))
+    with captured(SimpleNamespace(trees=hybrid), sizes=(1, 2, 4)):
+        graphs = hybrid.speculator._graphs
+        hybrid.reset()
+        with HostReads() as reads:
+            assert answers(hybrid.generate(batch, params)) == expected
+        good, replayed = hybrid.stats, replays(graphs)
+        stale = {}
+        for moved in ("slots", "counts"):
+            hybrid.reset()
+            with monkeypatch.context() as patch:
+                kept = getattr(graphs.buffers, moved)
+                kept.zero_()
+                patch.setattr(graphs.buffers, moved, kept.clone())
+                assert answers(hybrid.generate(batch, params)) == expected
+            stale[moved] = hybrid.stats["acceptance_length"]
+    assert reads.found == []
+    assert sum(replayed.values()) > 4, replayed
+    assert good["acceptance_length"] > 2.5 and good["moves"] > 3, good
+    assert len(good["accepted_by_depth"]) > 8, good
+    assert stale["counts"] == 1 and stale["slots"] < good["acceptance_length"] - 0.5, stale
 
 
 def test_what_the_host_decides_runs_without_a_graph(pair, captured, watched, monkeypatch):

@@ -4,7 +4,8 @@
 import torch
 
 OWNERS = (
-    "TreeStore", "StepRows", "DeviceStats", "DraftBuffers", "AcceptBuffers", "InputBuffers",
+    "TreeStore", "Endings", "StepRows", "DeviceStats", "DraftBuffers", "AcceptBuffers",
+    "InputBuffers",
 )  # fmt: skip
 
 
@@ -62,9 +63,9 @@ def test_the_profile_run_sees_the_widest_step(pair, monkeypatch):
         made.append(shape)
         return empty(*shape, **settings)
 
-    def draft_trees(context, known, batch):
+    def draft_trees(context, known, batch, nodes):
         drafted.append(known.shape[0])
-        return draft(context, known, batch)
+        return draft(context, known, batch, nodes)
 
     monkeypatch.setattr(speculator, "_compute_logits", compute_logits)
     monkeypatch.setattr(speculator, "_draft_trees", draft_trees)

@@ -6,13 +6,14 @@ import types
 
 import pytest
 from engine_v1.engines import answers
-from engine_v1.ranks import RankedEngine
+from engine_v1.ranks import FEW, RankedEngine
 from engine_v1.tiny_target import EOS, prompts
 from vllm import SamplingParams
 from vllm.config import CUDAGraphMode
 
 from engine_v2.own_process.emulated_graphs import patch_torch
-from engine_v2.own_process.engines import V2Oracle, forget
+from engine_v2.own_process.engines import V2Oracle
+from vllm_redrafter.engine import draft_guard
 
 NODES = 10
 KINDS = [{"temperature": 0}, {"temperature": 1.0, "seed": 1, "top_p": 0.9, "top_k": 40}]
@@ -27,13 +28,13 @@ def reset(worker, oracles, agree):
     """In every worker: forget counters; ``oracles[rank]`` drafts, or the drafter."""
     runner = worker.model_runner
     speculator = runner.speculator
-    forget(runner.model_state.stats)
+    runner.model_state.stats.reset()
     speculator._several_ranks = agree
     vars(speculator).pop("_draft_trees", None)
     if oracles is not None:
         view = types.SimpleNamespace(runner=runner, most_nodes=NODES)
         oracle = oracles[worker.rank]
-        speculator._draft_trees = lambda context, known, batch: oracle.draft(
+        speculator._draft_trees = lambda context, known, batch, nodes: oracle.draft(
             view, context, known, batch
         )
 
@@ -57,6 +58,22 @@ def replayed(worker):
         sum(graph.replays for graph in graphs.graphs.values())
         for graphs in (speculator._graphs, speculator._accept_graphs)
     ]
+
+
+def break_drafts(worker, ranks):
+    """In every worker: drafting fails on some ranks; guards are as after the start."""
+    speculator = worker.model_runner.speculator
+    guard = speculator.draft_guard
+    guard.__init__(guard._stats)
+    guard.serving, speculator._agreements = True, 0
+    draft_guard.ERRORS_IN_A_ROW = FEW
+    importlib.import_module("vllm_redrafter.engine.v2.speculator").ASK_EVERY = 4
+    if worker.rank in ranks:
+
+        def fail(*args):
+            raise RuntimeError("a fault put here")
+
+        speculator._draft_trees = fail
 
 
 @pytest.mark.slow
@@ -104,4 +121,15 @@ def test_two_ranks(target, drafter):
     assert run(None, True)[0] == answers(expected)
     one, other = trees.each_rank(replayed)
     assert one == other and one[0] > 5
+
+    # No rank waits for another one, and all agree when the first one gives up.
+    for ranks in ([0], [1]):
+        trees.each_rank(reset, None, True)
+        trees.each_rank(break_drafts, ranks)
+        assert answers(trees.generate(batch, params)) == answers(expected)
+        stats = trees.stats
+        errors = [sum(one["draft_errors"].values()) for one in stats]
+        assert max(errors) == FEW and errors[1 - ranks[0]] == 0
+        assert [one["drafting_off"] for one in stats] == [ranks == [0]] * 2
+        assert (stats[0]["drafts"] > 3) == (ranks == [1])
     trees.shutdown()

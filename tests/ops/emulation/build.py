@@ -5,6 +5,9 @@
 compiler and registers it as ``torch.ops.redrafter_emulated.draft`` for CPU tensors. A line
 ``// emulate-with: other.cu`` near the top of a source names further sources that it calls into.
 
+``load_cpu()`` compiles ``csrc/cpu`` once more, as ``torch.ops.redrafter``, for one instruction set:
+that of this machine. It is for processes that have not loaded the package's own library.
+
 ``REDRAFTER_EMULATION_SANITIZE=1`` builds with the address and undefined behaviour sanitizers;
 their runtime must then be preloaded (``test_sanitizer.py`` does that).
 """
@@ -108,6 +111,40 @@ def _load_operator(source: Path) -> ctypes.CDLL:
     path = _build(source.stem, sources)
     torch.ops.load_library(str(path))
     return ctypes.CDLL(str(path))
+
+
+def operator_library(name: str) -> ctypes.CDLL:
+    """The library of ``csrc/cuda/<name>.cu``, compiled and loaded."""
+    return _load_operator(ROOT / "csrc/cuda" / f"{name}.cu")
+
+
+# One variant under one name, and no threads: what they share is not tested here.
+_CPU = [
+    "-UREDRAFTER_LIBRARY", "-DREDRAFTER_LIBRARY=redrafter", "-O1", "-march=native",
+    "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-error",
+]  # fmt: skip
+
+
+@functools.cache
+def load_cpu() -> object:
+    """``torch.ops.redrafter`` from ``csrc/cpu``, compiled here; the package uses it too.
+
+    Raises:
+        RuntimeError: the package has loaded another library before.
+    """
+    sources = []
+    for path in sorted([*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*.cpp")]):
+        variant = ["-DREDRAFTER_VARIANT=isa_baseline"] if path.stem.endswith("_kernel") else []
+        sources.append((path, [*_CPU, *variant]))
+    from vllm_redrafter.ops import library
+
+    built = _build("cpu", sources)
+    if library._load.cache_info().currsize:
+        raise RuntimeError("The package's own operators are loaded already.")
+    library.LIBRARY = built
+    if not library.compiled_available():
+        raise RuntimeError(library.why_not())
+    return torch.ops.redrafter
 
 
 def load_source(source: Path, seed: int = 0) -> None:

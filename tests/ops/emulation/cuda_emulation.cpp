@@ -33,6 +33,8 @@ const char* name_of(Meeting what) {
       return "a shuffle";
     case Meeting::kVote:
       return "a vote";
+    case Meeting::kReduce:
+      return "a reduction";
     case Meeting::kMma:
       return "mma";
     case Meeting::kLdmatrix:
@@ -217,6 +219,13 @@ unsigned ballot(bool predicate) {
   return votes;
 }
 
+unsigned largest_of_warp(unsigned value) {
+  const Exchange all(Meeting::kReduce, &value, sizeof(value));
+  unsigned largest = 0;
+  for (int lane = 0; lane < kWarpSize; ++lane) largest = std::max(largest, all.of<unsigned>(lane));
+  return largest;
+}
+
 void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
     throw std::runtime_error("emulation: ldmatrix needs rows aligned to 16 bytes");
@@ -297,7 +306,40 @@ void launch(const char* name, dim3 grid, dim3 block_dim, std::size_t shared_byte
   }
 }
 
+namespace {
+
+using Launcher = int (*)(const void* kernel, const unsigned* sizes, std::size_t shared_bytes,
+                         const Argument* arguments, std::size_t count);
+using Allocated = void (*)(void* memory, std::size_t bytes);
+
+Launcher launcher = nullptr;
+Allocated tell_allocated = nullptr;
+
+}  // namespace
+
+void allocated(void* memory, std::size_t bytes) {
+  if (bytes) std::memset(memory, 0xff, bytes);
+  if (tell_allocated) tell_allocated(memory, bytes);
+}
+
+bool launch_elsewhere(const void* kernel, const char* name, dim3 grid, dim3 block_dim,
+                      std::size_t shared_bytes, const Argument* arguments, std::size_t count) {
+  if (!launcher) return false;
+  const unsigned sizes[] = {grid.x,      grid.y,      grid.z,
+                            block_dim.x, block_dim.y, block_dim.z};
+  if (launcher(kernel, sizes, shared_bytes, arguments, count) != 0) {
+    throw std::runtime_error(std::string("emulation: the launch of ") + name + " failed");
+  }
+  return true;
+}
+
 }  // namespace emulation
+
+extern "C" __attribute__((visibility("default"))) void redrafter_emulation_run_with(
+    emulation::Launcher launcher, emulation::Allocated allocated) {
+  emulation::launcher = launcher;
+  emulation::tell_allocated = allocated;
+}
 
 // Called through ctypes by build.py.
 extern "C" __attribute__((visibility("default"))) void redrafter_emulation_seed(uint64_t seed) {

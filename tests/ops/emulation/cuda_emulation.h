@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <tuple>
 
 // ---- the language -----------------------------------------------------------------------------
 
@@ -118,7 +119,7 @@ using std::min;
 namespace emulation {
 
 // Everything a lane can wait for. Lanes that should meet must name the same thing.
-enum class Meeting { kBlock, kWarp, kShuffle, kVote, kMma, kLdmatrix };
+enum class Meeting { kBlock, kWarp, kShuffle, kVote, kReduce, kMma, kLdmatrix };
 
 void meet(Meeting what);
 
@@ -152,6 +153,7 @@ T shuffle(T value, int (*source)(int lane, int argument), int argument) {
 }
 
 unsigned ballot(bool predicate);
+unsigned largest_of_warp(unsigned value);
 unsigned char* dynamic_shared();
 void check_mask(unsigned mask);
 
@@ -191,6 +193,31 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 void launch(const char* name, dim3 grid, dim3 block, std::size_t shared_bytes,
             const std::function<void()>& thread);
 
+// Memory that a launcher got from torch: filled with 0xFF bytes.
+void allocated(void* memory, std::size_t bytes);
+
+// Something else may run the kernels (tests/ops/ptx). It gets what CUDA's runtime would: which
+// kernel, the six sizes of grid and block, and the arguments. False: nothing else is there.
+struct Argument {
+  const void* data;
+  std::size_t bytes, alignment;
+};
+bool launch_elsewhere(const void* kernel, const char* name, dim3 grid, dim3 block,
+                      std::size_t shared_bytes, const Argument* arguments, std::size_t count);
+
+template <class... Parameters, class... Given>
+bool launched_elsewhere(void (*kernel)(Parameters...), const char* name, dim3 grid, dim3 block,
+                        std::size_t shared_bytes, const Given&... given) {
+  const std::tuple<Parameters...> values(given...);
+  return std::apply(
+      [&](const Parameters&... value) {
+        const Argument arguments[] = {{&value, sizeof(value), alignof(Parameters)}...};
+        return launch_elsewhere(reinterpret_cast<const void*>(kernel), name, grid, block,
+                                shared_bytes, arguments, sizeof...(Parameters));
+      },
+      values);
+}
+
 }  // namespace emulation
 
 inline void __syncthreads() { ::emulation::meet(::emulation::Meeting::kBlock); }
@@ -223,6 +250,10 @@ T __shfl_up_sync(unsigned mask, T value, unsigned by) {
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   ::emulation::check_mask(mask);
   return ::emulation::ballot(predicate != 0);
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  ::emulation::check_mask(mask);
+  return ::emulation::largest_of_warp(value);
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA builds of torch from PyPI, installed beside the environment, and what runs under them."""
