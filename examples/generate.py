@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from vllm_redrafter import Drafter, Tree, beam_search, build_tree, load_drafter, walk_greedy
 
 
+# --8<-- [start:forward]
 def forward(target, cache: DynamicCache, tree: Tree) -> tuple[Tensor, Tensor]:
     """The target reads all M nodes: its own token after each, ``[M]``, and hidden states [M, H]."""
     context = cache.get_seq_length()
@@ -31,25 +32,23 @@ def forward(target, cache: DynamicCache, tree: Tree) -> tuple[Tensor, Tensor]:
         past_key_values=cache,
     ).last_hidden_state
     return target.lm_head(hidden)[0].argmax(-1), hidden[0]
+# --8<-- [end:forward]
 
 
+# --8<-- [start:move]
 def keep_accepted(cache: DynamicCache, context: int, path: list[int]) -> None:
     """Of the tree's KV only the root's and the accepted path's stay, behind the context."""
     rows = torch.tensor([*range(context), context, *(context + node for node in path)])
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, rows], layer.values[:, :, rows]
+# --8<-- [end:move]
 
 
 @torch.inference_mode()
 def generate(
-    target,
-    drafter: Drafter,
-    prompt: list[int],
-    max_new_tokens: int,
-    beam_width: int = 4,
-    draft_length: int = 3,
-    num_nodes: int = 11,
-) -> tuple[list[int], float]:
+    target, drafter: Drafter, prompt: list[int], max_new_tokens: int,
+    beam_width: int = 4, draft_length: int = 3, num_nodes: int = 11,
+) -> tuple[list[int], float]:  # fmt: skip
     """The target's greedy answer, token for token, and the acceptance length (tokens per step)."""
     cache = DynamicCache(config=target.config)
     chain = Tree.from_lists([prompt], [list(range(-1, len(prompt) - 1))])  # a prompt is a chain
@@ -59,6 +58,7 @@ def generate(
     ends = target.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     while len(answer) < max_new_tokens and not ends & set(answer):
+        # --8<-- [start:step]
         # Draft: beams of the recurrent drafter, merged into one tree whose root is the known token.
         beams = beam_search(drafter, context, known, beam_width, draft_length)
         tree = build_tree(beams, "best", num_nodes)
@@ -71,6 +71,7 @@ def generate(
         # The last accepted node has the state, and the token behind it, for the next step.
         known, context = walk.next_token, hidden[walk.last_node]
         answer += [*tree.tokens[0, path].tolist(), int(known)]
+        # --8<-- [end:step]
         steps += 1
     end = min((i + 1 for i, token in enumerate(answer) if token in ends), default=max_new_tokens)
     return answer[:end], (len(answer) - 1) / max(steps, 1)

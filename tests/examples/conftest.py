@@ -2,6 +2,7 @@
 """A tiny target, a drafter that is often right about it, and the examples as modules."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,18 @@ def example():
         return module
 
     return load
+
+
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+@pytest.fixture(scope="session")
+def chat_target(target):
+    """The same target as examples expect one: room for 2,048 tokens, and a chat template."""
+    for name, fields in (
+        ("config.json", {"max_position_embeddings": 2048}),
+        ("tokenizer_config.json", {"chat_template": CHAT_TEMPLATE}),
+    ):
+        file = target / name
+        tiny_models.write_json(file, {**json.loads(file.read_text()), **fields})
+    return target

@@ -9,6 +9,9 @@ from typing import Any
 
 from vllm_redrafter.cli import UserError
 
+# A measured budget may leave steps without nodes: nothing to look at.
+FIXED = {"node_budget": "fixed", "num_speculative_tokens": 10}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
@@ -22,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, metavar="N", help="show the first N steps only")
     add("--dtype", default="auto", help="as for vLLM (default %(default)s)")
     add("--speculative-config", default="{}", metavar="JSON",
-        help='further keys, such as \'{"beam_width": 8, "node_budget": "fixed"}\'')  # fmt: skip
+        help='further keys, such as \'{"beam_width": 8}\'; without them trees have 10 nodes, '
+        "because a node budget's choice depends on times")  # fmt: skip
     add("--svg", type=Path, metavar="FILE", help="write the same picture to FILE as SVG")
     add("--json", type=Path, metavar="FILE", help="write the steps to FILE as JSON")
 
@@ -91,7 +95,7 @@ def _record(args: argparse.Namespace, config: dict[str, Any]) -> tuple[list[Any]
             max_num_seqs=1,
             max_model_len=-1,  # what fits in the memory below
             kv_cache_memory_bytes=1 << 30,
-            speculative_config={"method": "redrafter", "model": drafter, **config},
+            speculative_config={"method": "redrafter", "model": drafter, **FIXED, **config},
         )
     except (DrafterError, FetchError, OptionError, OSError, ValueError) as error:
         raise UserError(str(error)) from error

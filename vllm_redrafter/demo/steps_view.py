@@ -15,6 +15,7 @@ from vllm_redrafter.engine.v1.recording import RecordedStep
 
 Decode = Callable[[list[int]], str]
 
+FONTS = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 COLOURS = {"drafter": "cyan", "lookup": "magenta", "both": "yellow"}
 LEGEND = "✓ accepted   " + "   ".join(f"[{colour}]{name}[/]" for name, colour in COLOURS.items())
 
@@ -86,8 +87,11 @@ def everything(
 def svg(content: Any, title: str, width: int = 80) -> str:
     """As an SVG that loads nothing: a viewer's own monospaced font stands in for rich's."""
     with open("/dev/null", "w", encoding="utf-8") as nowhere:
-        console = Console(record=True, width=width, file=nowhere, force_terminal=True)
+        console = Console(
+            record=True, width=width, file=nowhere, force_terminal=True, highlight=False
+        )
         console.print(content)
     # A fixed id: the same steps are the same file.
     text = console.export_svg(title=title, unique_id="steps")
-    return re.sub(r"@font-face \{.*?\}\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r"@font-face \{.*?\}\s*", "", text, flags=re.DOTALL)
+    return re.sub(r"font-family: Fira Code, *monospace", f"font-family: {FONTS}", text)
