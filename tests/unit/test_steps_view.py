@@ -72,7 +72,7 @@ def test_the_svg_loads_nothing_and_is_the_same_every_time():
         (["--target", "somewhere"], "belong together"),
         (["--max-tokens", "0"], "at least 1"),
         (["--steps", "0"], "at least 1"),
-        (["--svg", "no/such/dir/a.svg"], "there is no directory"),
+        (["--svg", "no/such/dir/a.svg"], "no such directory"),
     ],
 )
 def test_bad_options_are_one_sentence(argv, message, capsys):

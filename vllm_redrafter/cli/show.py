@@ -37,11 +37,11 @@ def run(args: argparse.Namespace) -> int:
     if (args.target is None) != (args.drafter is None):
         raise UserError("--target and --drafter belong together: give both, or neither.")
     if args.max_tokens < 1 or (args.steps is not None and args.steps < 1):
-        raise UserError("--max-tokens and --steps must be at least 1.")
+        raise UserError("--max-tokens and --steps must be at least 1; give larger ones.")
     for name in ("svg", "json"):
         file = getattr(args, name)
         if file is not None and not file.absolute().parent.is_dir():
-            raise UserError(f"--{name} {file}: there is no directory {file.absolute().parent}.")
+            raise UserError(f"--{name} {file}: no such directory; make {file.absolute().parent} first.")
     steps, texts = _record(args, config)
 
     from rich.console import Console
@@ -67,7 +67,7 @@ def _config(text: str) -> dict[str, Any]:
     except ValueError:
         config = None
     if not isinstance(config, dict):
-        raise UserError(f"--speculative-config {text!r} is not a JSON object in braces.")
+        raise UserError(f"--speculative-config {text!r} is not a JSON object; write one in braces.")
     return config
 
 
