@@ -173,3 +173,35 @@ def test_nothing_behind_the_end():
 @pytest.mark.parametrize("most, deepest", [(0, 5), (5, 0)])
 def test_no_room(most, deepest):
     assert grow({}, Sentences({"ab"}), most, deepest, FROM_GRAMMAR) == []
+
+
+class Json(Sentences):
+    """Behind a key of JSON: marks in one token or several, and white space of any length."""
+
+    texts = [b'"', b'":', b'":"', b":", *(b" " * n for n in range(1, 60))]
+
+    def __init__(self):
+        self.path = []
+
+    def allowed(self):
+        return np.arange(3) if not self.path else np.arange(3, len(self.texts))
+
+    def advance(self, token):
+        self.path.append(token)
+        return True
+
+    ended = False
+
+    def forced(self):
+        return [] if self.path else [0]
+
+    def text(self, token):
+        return self.texts[token]
+
+
+def test_marks_and_white_space():
+    grown = {each.path: each.score for each in grow({}, Json(), 9, 2, FROM_GRAMMAR)}
+    # No way to write the marks is preferred, and behind them white space is not drafted.
+    assert grown[(0,)] == grown[(1,)] == grown[(2,)] == pytest.approx(math.log(1 / 3))
+    assert grown[(0, 3)] == pytest.approx(math.log(0.7 / 3))
+    assert {path[1:] for path in grown} == {(), (3,)}

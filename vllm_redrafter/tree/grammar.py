@@ -16,14 +16,18 @@ from typing import Protocol
 
 import numpy as np
 
-# Where no more tokens are allowed than this, those that nobody drafted are candidates too.
-FEW = 16
+# Where no more tokens are allowed than this, those that nobody drafted are candidates too. White
+# space does not count, of which JSON allows any amount: vocabularies have many tokens of it.
+FEW, WITH_WHITE_SPACE = 16, 512
+
+# Of tokens that nobody drafted: white space, where it is allowed, against the others.
+WHITE_SPACE = 0.3
 
 # Shares of the tokens of a forced text, as the tokenizer writes it, against other ways to write it.
 # The last of them may be one token with what follows, which is not known.
 AS_WRITTEN, LAST_AS_WRITTEN = 0.95, 0.6
 
-# Of tokens that nobody drafted: those that no other allowed token continues, against the others.
+# Of words that nobody drafted: those that no other allowed word continues, against the others.
 LONGEST = 0.9
 
 # Paths less likely than this are not looked for.
@@ -195,12 +199,17 @@ def _shares(
         forced = []
     shares = {token: share for token, share in drafted.items() if token in may}
     unknown = max(0.0, 1.0 - sum(drafted.values()))
-    if len(may) <= FEW:
-        _share_out(shares, [t for t in may if t not in shares], unknown, matcher)
-        unknown = 0.0
+    if len(may) <= WITH_WHITE_SPACE:
+        say = [token for token in may if not matcher.text(token).isspace()]
+        if len(say) <= FEW:
+            others = [token for token in say if token not in shares]
+            white = unknown * (WHITE_SPACE if len(say) < len(may) else 0.0)
+            _share_out(shares, others, unknown - white, matcher)
+            unknown = white
     total = sum(shares.values()) + unknown
     shares = {token: share / total for token, share in shares.items()} if total > 0 else {}
-    if forced:
+    # A last mark may well be one token with those that follow, as in JSON.
+    if len(forced) > 1 or (forced and _is_word(matcher.text(forced[0]))):
         first = LAST_AS_WRITTEN if len(forced) == 1 else AS_WRITTEN
         shares = {token: (1 - first) * share for token, share in shares.items()}
         shares[forced[0]] = first + shares.get(forced[0], 0.0)
@@ -210,17 +219,22 @@ def _shares(
 def _share_out(
     shares: dict[int, float], others: list[int], unknown: float, matcher: Matcher
 ) -> None:
-    """Give tokens that nobody drafted what is left, most of it to the longest ones.
+    """Give tokens that nobody drafted what is left; of words, most of it to the longest ones.
 
-    A tokenizer seldom writes a token where a longer one fits.
+    A tokenizer seldom writes a part of a word where the whole one is a token.
     """
-    texts = {token: matcher.text(token) for token in others}
-    longest = [
-        token for token in others
-        if not any(t != token and texts[t].startswith(texts[token]) for t in others)
-    ]  # fmt: skip
-    shorter = [token for token in others if token not in set(longest)]
-    of_longest = unknown * (LONGEST if shorter else 1.0)
-    for group, share in ((longest, of_longest), (shorter, unknown - of_longest)):
+    words = {t: text for t in others if _is_word(text := matcher.text(t))}
+    parts = {
+        t for t, text in words.items()
+        if any(other != text and other.startswith(text) for other in words.values())
+    }  # fmt: skip
+    groups = [[t for t in others if t not in parts], sorted(parts)]
+    of_whole = unknown * (LONGEST if parts else 1.0)
+    for group, share in zip(groups, (of_whole, unknown - of_whole), strict=True):
         for token in group:
             shares[token] = share / len(group)
+
+
+def _is_word(text: bytes) -> bool:
+    """Whether a token ends within or behind a word."""
+    return text[-1:].isalnum()
