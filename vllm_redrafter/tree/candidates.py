@@ -25,6 +25,9 @@ from vllm_redrafter.tree.tree import NO_PARENT, Tree
 FROM_DRAFTER = 1
 FROM_LOOKUP = 2
 SOURCE_NAMES = {FROM_DRAFTER: "drafter", FROM_LOOKUP: "lookup", FROM_DRAFTER | FROM_LOOKUP: "both"}
+# A request's grammar alone: what it forces or leaves. On Model Runner V1, beside those above.
+FROM_GRAMMAR = 4
+ALL_SOURCE_NAMES = SOURCE_NAMES | {FROM_GRAMMAR: "grammar"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Candidates:
         depths: ``[B, M]`` int64, 1 for children of the root; 0 in padding.
         scores: ``[B, M]`` float32, log-probability of the path, never rising along a row;
             ``FILLER_SCORE`` in padding.
-        sources: ``[B, M]`` int64, FROM_DRAFTER, FROM_LOOKUP or their sum; 0 in padding.
+        sources: ``[B, M]`` int64, FROM_DRAFTER, FROM_LOOKUP or their sum; 0 in padding
+            (or FROM_GRAMMAR, on Model Runner V1).
         counts: ``[B]`` int64, how many are real.
     """
 
