@@ -100,6 +100,20 @@ class ReDrafterOptions:
         return dataclasses.asdict(self)
 
 
+def for_chains(options: ReDrafterOptions, chosen: bool, keeps_states: bool) -> ReDrafterOptions:
+    """The options of a target that has chains verified: no more nodes than a chain can have.
+
+    Args:
+        chosen: the user gave ``num_speculative_tokens``.
+        keeps_states: every node has the target keep a state of its layers; then there are as many
+            as the drafter drafts along a path, unless more were asked for.
+    """
+    most = options.draft_length if keeps_states and not chosen else options.max_depth
+    return dataclasses.replace(
+        options, num_speculative_tokens=min(options.num_speculative_tokens, most)
+    )
+
+
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 
 # Not an option of the engine: which version of a drafter on the hub to load.

@@ -8,6 +8,9 @@ import tiny_models
 
 from vllm_redrafter.engine import checks, compat
 from vllm_redrafter.engine.checks import UnsupportedError
+from vllm_redrafter.engine.target_shape import Shape, TargetShape, shape_of_model
+
+TREES = TargetShape(Shape.TREE)
 
 
 @pytest.fixture
@@ -23,16 +26,16 @@ def message(engine_config):
 
 
 @pytest.mark.parametrize(
-    "field, feature",
+    "field, feature, why",
     [
-        ("pipeline_parallel_size", "pipeline parallelism"),
-        ("decode_context_parallel_size", "decode context parallelism"),
-        ("prefill_context_parallel_size", "prefill context parallelism"),
+        ("pipeline_parallel_size", "pipeline parallelism", "a rank before the last"),
+        ("decode_context_parallel_size", "decode context parallelism", "a rank then holds some"),
+        ("prefill_context_parallel_size", "prefill context parallelism", "a rank then holds some"),
     ],
 )
-def test_parallel_sizes(message, field, feature):
+def test_parallel_sizes(message, field, feature, why):
     text = message(tensor_parallel_size=2, **{field: 2})
-    assert f"does not support {feature} ({field}=2); set it to 1" in text
+    assert f"does not support {feature} ({field}=2): {why}" in text and "; set it to 1." in text
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,12 @@ def test_parallel_sizes(message, field, feature):
 def test_parallel_modes(message, field, feature):
     text = message(tensor_parallel_size=2, **{field: True})
     assert f"does not support {feature}; leave {field} off" in text
+
+
+def test_experts_that_replicas_share(message):
+    text = message(enable_expert_parallel=True, data_parallel_size=2)
+    assert "does not support expert parallelism with data parallelism (data_parallel_size=2)" in text
+    assert "leave enable_expert_parallel off and set data_parallel_size to 1." in text
 
 
 def test_tensor_parallel_is_no_obstacle(engine_config):
@@ -146,9 +155,9 @@ def model_of(target, **fields):
 
 def test_chunked_local_attention(target):
     """Llama 4: the engine died at the first context of two chunks."""
-    with pytest.raises(UnsupportedError) as raised:
-        checks._check_model(model_of(target, attention_chunk_size=128))
-    assert str(raised.value) == (
+    shape = shape_of_model(model_of(target, attention_chunk_size=128), cpu=True)
+    assert shape.shape is Shape.REFUSED
+    assert f"{shape.why}; {shape.cure}." == (
         "ReDrafter does not support chunked local attention (LlamaForCausalLM) over contexts of "
         "more than one chunk, and max_model_len is 512; set it to 128 or less."
     )
@@ -156,7 +165,7 @@ def test_chunked_local_attention(target):
 
 @pytest.mark.parametrize("chunk", [None, 512, 8192])
 def test_contexts_of_one_chunk_are_no_obstacle(target, chunk):
-    checks._check_model(model_of(target, attention_chunk_size=chunk))
+    assert shape_of_model(model_of(target, attention_chunk_size=chunk), cpu=True) == TREES
 
 
 def test_another_platform(message, monkeypatch):

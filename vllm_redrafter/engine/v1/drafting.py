@@ -24,12 +24,18 @@ from vllm_redrafter.budget.trust import Trust, kind_of
 from vllm_redrafter.drafter.beam_search import Beams, greedy_chain
 from vllm_redrafter.engine.metrics import ReDrafterStats
 from vllm_redrafter.engine.v1.request_tree import NOTHING, RequestTree
+from vllm_redrafter.lookup.sizes import MAX_CHAINS
 from vllm_redrafter.lookup.suffix import Chains
 from vllm_redrafter.ops.build_tree import build_tree
 from vllm_redrafter.ops.candidates import choose_tree, merge_candidates
 from vllm_redrafter.ops.suffix_lookup import suffix_lookup
 from vllm_redrafter.options import ReDrafterOptions
-from vllm_redrafter.tree.candidates import FROM_LOOKUP, SOURCE_NAMES, Candidates
+from vllm_redrafter.tree.candidates import (
+    FROM_LOOKUP,
+    SOURCE_NAMES,
+    Candidates,
+    best_chains,
+)
 
 # (hidden states [B, H], known tokens, kind) -> the drafted beams.
 Draft = Callable[[Tensor, list[int], DraftShape], Beams]
@@ -81,6 +87,7 @@ class Drafting:
         draft: runs the drafter.
         stats: counters.
         costs: of the budget; None for a fixed one.
+        chains: only the best chain of each request is a candidate.
     """
 
     def __init__(
@@ -89,8 +96,10 @@ class Drafting:
         draft: Draft,
         stats: Callable[[], ReDrafterStats],
         costs: CostModel | None = None,
+        chains: bool = False,
     ) -> None:
         self._options, self._draft, self._stats = options, draft, stats
+        self._chains = chains
         self._full: DraftShape = options.beam_width, options.draft_length
         self.costs = costs
         self.trust = {"drafter": Trust(), "lookup": Trust()}
@@ -162,9 +171,14 @@ class Drafting:
         self, given: DraftInput, beams: Beams | None, chains: Chains | None
     ) -> Candidates:
         root = torch.tensor(given.known, dtype=torch.int64)
-        return merge_candidates(
-            root, beams, chains, given.most_nodes, torch.from_numpy(given.max_depth)
-        )
+        most, max_depth = given.most_nodes, torch.from_numpy(given.max_depth)
+        if not self._chains:
+            return merge_candidates(root, beams, chains, most, max_depth)
+        # Among all paths: among the likeliest nodes it may be a short one.
+        options = self._options
+        paths = options.beam_width * options.draft_length
+        paths += MAX_CHAINS * options.prompt_lookup_num_tokens
+        return best_chains(merge_candidates(root, beams, chains, paths, max_depth), most)
 
     def _compare(
         self, given: DraftInput, beams: Beams, chains: Chains | None, candidates: Candidates

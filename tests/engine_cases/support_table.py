@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every parameter and every family of targets gets, by model runner: data alone.
+
+``docs/support.md`` shows these tables, and tests run them: ``support_parameters`` asks both engines
+for every parameter, ``engine_errors/test_target_shape.py`` and the tests named in ``FAMILIES`` hold
+every family.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+TREE, CHAIN, NO_DRAFT, REFUSED = "tree", "chain", "no draft", "refused"
+
+
+class Parameter(NamedTuple):
+    """One parameter of a request.
+
+    Attributes:
+        fields: of ``SamplingParams`` that turn it on.
+        v1: what is drafted for such a request on Model Runner V1.
+        v2: on V2.
+    """
+
+    fields: dict[str, Any]
+    v1: str = TREE
+    v2: str = TREE
+
+
+_SEEDED = {"temperature": 1.0, "seed": 1}
+
+PARAMETERS: dict[str, Parameter] = {
+    "temperature": Parameter(_SEEDED | {"temperature": 0.5}),
+    "top_p": Parameter(_SEEDED | {"top_p": 0.8}),
+    "top_k": Parameter(_SEEDED | {"top_k": 5}),
+    "min_p": Parameter(_SEEDED | {"min_p": 0.1}),
+    "seed": Parameter(_SEEDED),
+    "n": Parameter(_SEEDED | {"n": 2}),
+    "logit_bias": Parameter({"logit_bias": {7: 2.0}}),
+    "allowed_token_ids": Parameter({"allowed_token_ids": list(range(20, 60))}),
+    "stop": Parameter({"stop": ["xy"]}),
+    "stop_token_ids": Parameter({"stop_token_ids": [1]}),
+    "ignore_eos": Parameter({"ignore_eos": True}),
+    "min_tokens": Parameter({"min_tokens": 6}),
+    "logprobs": Parameter({"logprobs": 2}),
+    "logprob_token_ids": Parameter({"logprob_token_ids": [1]}),
+    "prompt_logprobs": Parameter({"prompt_logprobs": 2}),
+    "presence_penalty": Parameter({"presence_penalty": 1.0}, v2=CHAIN),
+    "frequency_penalty": Parameter({"frequency_penalty": 1.0}, v2=CHAIN),
+    "repetition_penalty": Parameter({"repetition_penalty": 1.5}, v2=CHAIN),
+    "bad_words": Parameter({"bad_words": ["x"]}, v2=CHAIN),
+    "repetition_detection": Parameter(
+        {"repetition_detection": {"max_pattern_size": 3, "min_count": 4}}, v2=NO_DRAFT
+    ),
+    "structured_outputs": Parameter(
+        {"structured_outputs": {"regex": "[a-p]{14}"}}, v1=CHAIN, v2=CHAIN
+    ),
+    "thinking_token_budget": Parameter({"thinking_token_budget": 4}, v1=NO_DRAFT, v2=NO_DRAFT),
+}

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of three a target gets: trees, chains, or a refusal; and why.
+
+A tree needs attention of which every row may be told what it sees, and KV that can be moved. Layers
+that are computed as a recurrence have neither, nor has MLA in our kernels. There the best chain of
+the draft is verified as vLLM verifies its own chains, where it has such a path.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_redrafter.engine.checks import UnsupportedError
+
+logger = logging.getLogger("vllm.vllm_redrafter")
+
+# Our key in vLLM's additional_config.
+SHAPE_KEY = "redrafter_shape"
+
+
+class Shape(enum.Enum):
+    """What is verified for a target."""
+
+    TREE = "tree"
+    CHAIN = "chain"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class TargetShape:
+    """What a target gets.
+
+    Attributes:
+        shape: see ``Shape``.
+        why: a clause; of a refusal the whole sentence but for its cure; empty for a tree.
+        keeps_states: layers keep a state per drafted token, so that every node costs memory.
+        cure: of a refusal.
+    """
+
+    shape: Shape
+    why: str = ""
+    keeps_states: bool = False
+    cure: str = ""
+
+    def __str__(self) -> str:
+        """What stands behind "gets"."""
+        what = {Shape.TREE: "trees", Shape.CHAIN: "chains", Shape.REFUSED: "a refusal"}[self.shape]
+        return f"{what} ({self.why})" if self.why else what
+
+
+class Recurrence(enum.Enum):
+    """Kinds of recurrent layers, by vLLM's names of their metadata; and how users know them."""
+
+    GDN = "gated delta net layers"
+    MAMBA1 = "Mamba 1 layers"
+    MAMBA2 = "Mamba 2 layers"
+    SHORT_CONV = "short convolutions"
+    LINEAR = "lightning attention layers"
+    UNKNOWN = "recurrent layers"
+
+
+def recurrence_of(model: Any) -> Recurrence | None:
+    """The kind of recurrent layers that a target has, by its config.json; None for none.
+
+    Args:
+        model: vLLM's ``ModelConfig``.
+    """
+    if not (model.is_hybrid or model.is_attention_free):
+        return None
+    config = model.hf_text_config
+    kinds = set(getattr(config, "layer_types", None) or ())
+
+    def has(*names: str) -> bool:
+        return all(getattr(config, name, None) is not None for name in names)
+
+    if has("linear_num_value_heads"):
+        return Recurrence.GDN
+    if "conv" in kinds:
+        return Recurrence.SHORT_CONV
+    if "linear_attention" in kinds:
+        return Recurrence.LINEAR
+    if has("time_step_rank") or has("mamba_dt_rank"):
+        return Recurrence.MAMBA1
+    if has("mamba_n_heads") or has("mamba_num_heads") or has("n_groups", "num_heads"):
+        return Recurrence.MAMBA2
+    return Recurrence.UNKNOWN
+
+
+# vLLM's kernels that keep a state for every drafted token and go on from the last accepted one's.
+# On CPUs the others take no number of accepted tokens: vLLM's own drafts change answers there.
+STATES_ON_CPUS = (Recurrence.GDN,)
+STATES_ON_CUDA = (Recurrence.GDN, Recurrence.MAMBA2, Recurrence.SHORT_CONV)
+
+CURE = "use a decoder-only target with full or sliding-window attention in every layer"
+
+
+def shape_of_model(model: Any, cpu: bool) -> TargetShape:
+    """What a target gets, by its configuration alone.
+
+    Args:
+        model: vLLM's ``ModelConfig``.
+        cpu: on vLLM's CPU platform, else on CUDA.
+    """
+    name = ", ".join(model.architectures)
+    if model.runner_type != "generate":
+        return _refused(
+            f"ReDrafter drafts for text generation, not for runner '{model.runner_type}'",
+            "leave it out for this model",
+        )
+    if model.is_encoder_decoder:
+        return _refused(f"ReDrafter does not support encoder-decoder models ({name})")
+    if model.uses_mrope or getattr(model, "uses_xdrope_dim", 0):
+        return _refused(
+            f"ReDrafter does not support multi-dimensional rotary positions ({name})"
+        )
+    # Llama 4. A context within the first chunk is attended to in full.
+    chunk = model.attention_chunk_size
+    if chunk and model.max_model_len > chunk:
+        return _refused(
+            f"ReDrafter does not support chunked local attention ({name}) over contexts of more "
+            f"than one chunk, and max_model_len is {model.max_model_len}",
+            f"set it to {chunk} or less",
+        )
+    kind = recurrence_of(model)
+    if kind is not None:
+        return _of_recurrence(kind, name, cpu)
+    if model.use_mla:
+        return TargetShape(Shape.CHAIN, "MLA's kernels take no tree")
+    return TargetShape(Shape.TREE)
+
+
+def _of_recurrence(kind: Recurrence, name: str, cpu: bool) -> TargetShape:
+    if kind in (STATES_ON_CPUS if cpu else STATES_ON_CUDA):
+        why = f"{kind.value} are a recurrence along one sequence"
+        return TargetShape(Shape.CHAIN, why, keeps_states=True)
+    where = "its CPU kernels of" if cpu else "Model Runner V2 for"
+    return _refused(
+        f"ReDrafter does not support {kind.value} ({name}), because vLLM cannot verify drafts "
+        f"there: {where} such layers take no number of accepted tokens, and go on from the state "
+        "behind a rejected one"
+    )
+
+
+def _refused(why: str, cure: str = CURE) -> TargetShape:
+    return TargetShape(Shape.REFUSED, why, cure=cure)
+
+
+def check_target(vllm_config: Any) -> TargetShape:
+    """What the target of a finished configuration gets.
+
+    Raises:
+        UnsupportedError: it is refused.
+    """
+    cpu = vllm_config.device_config.device_type == "cpu"
+    shape = shape_of_model(vllm_config.model_config, cpu)
+    if shape.shape is Shape.REFUSED:
+        raise UnsupportedError(f"{shape.why}; {shape.cure}.")
+    return shape
+
+
+def cached_states(vllm_config: Any, shape: TargetShape, asked: bool) -> bool:
+    """Whether vLLM would cache states of recurrent layers in a way that it lacks a kernel for.
+
+    Its default; it fails at the first step with drafts then.
+
+    Args:
+        vllm_config: the finished configuration.
+        shape: of its target.
+        asked: the user asked for prefix caching.
+
+    Raises:
+        UnsupportedError: the user did.
+    """
+    from vllm.triton_utils import HAS_TRITON
+
+    if not shape.keeps_states or HAS_TRITON:
+        return False
+    if vllm_config.cache_config.mamba_cache_mode != "align":
+        return False
+    if asked:
+        raise UnsupportedError(
+            "ReDrafter does not support prefix caching for this target on CPUs: beside drafts vLLM "
+            "copies the states of its recurrent layers with a Triton kernel, and there is no "
+            "Triton; leave enable_prefix_caching out."
+        )
+    logger.warning(
+        "Prefix caching is off: beside drafts vLLM needs Triton to cache the states of this "
+        "target's recurrent layers."
+    )
+    return True
+
+
+def check_states(kv_cache_groups: Sequence[Any], cpu: bool) -> None:
+    """The layers are there: whether all recurrent ones are of a kind that goes back.
+
+    Args:
+        kv_cache_groups: vLLM's ``KVCacheGroupSpec``s.
+        cpu: see ``shape_of_model``.
+
+    Raises:
+        UnsupportedError: another kind.
+    """
+    allowed = {kind.name for kind in (STATES_ON_CPUS if cpu else STATES_ON_CUDA)}
+    for group in kv_cache_groups:
+        kind = getattr(group.kv_cache_spec, "mamba_type", None)
+        if kind is not None and kind.name.removesuffix("_ATTN") not in allowed:
+            raise UnsupportedError(
+                f"ReDrafter does not support layers of vLLM's kind {kind.name}, whose state cannot "
+                f"go back behind a rejected token; {CURE}."
+            )
+
+
+def put_shape(vllm_config: Any, shape: TargetShape) -> None:
+    """Let the workers know."""
+    vllm_config.additional_config[SHAPE_KEY] = [shape.shape.value, shape.why, shape.keeps_states]
+
+
+def shape_of(vllm_config: Any) -> TargetShape:
+    """What ``put_shape`` put there; trees where nobody did."""
+    value, why, keeps_states = (vllm_config.additional_config or {}).get(
+        SHAPE_KEY, [Shape.TREE.value, "", False]
+    )
+    return TargetShape(Shape(value), why, keeps_states)
