@@ -18,9 +18,15 @@ _EXPERTS = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
     "n_shared_experts": 1, "moe_intermediate_size": 32,
 }  # fmt: skip
+# As DeepSeek's own models have them: vLLM's kernel for CPUs turns plain rotary keys wrong here.
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32, "beta_slow": 1,
+    "original_max_position_embeddings": 128, "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
 # Of vLLM's only kernel for CPUs: latent rows of 512 + 64.
 _MLA = {
-    "kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32,
+    "rope_parameters": _YARN, "kv_lora_rank": 512, "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64, "v_head_dim": 32,
     "head_dim": 64, "num_key_value_heads": 4, "first_k_dense_replace": 2, **_EXPERTS,
 }  # fmt: skip
 
@@ -48,8 +54,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_d_conv": 4, "mamba_expand": 2, "mamba_dt_rank": 4, "use_mamba_kernels": False,
     },
     "lfm2": {
-        "layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3, "conv_dim": HIDDEN, "block_ff_dim": MLP,
-        "block_auto_adjust_ff_dim": False,
+        "layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3, "conv_dim": HIDDEN,
+        "block_ff_dim": MLP, "block_auto_adjust_ff_dim": False,
     },
     "minimax": {
         "layer_types": ["linear_attention", "full_attention"] * 2, "head_dim": HEAD_DIM,

@@ -32,7 +32,7 @@ def ask(pair: Any, most: dict[tuple[int, ...], str], tokens: int) -> dict[str, s
     """
     params = []
     for parameter in PARAMETERS.values():
-        fields = {"temperature": 0, "max_tokens": tokens, **parameter.fields}
+        fields = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True, **parameter.fields}
         if "repetition_detection" in fields:
             fields["repetition_detection"] = RepetitionDetectionParams(
                 **fields["repetition_detection"]
@@ -40,7 +40,7 @@ def ask(pair: Any, most: dict[tuple[int, ...], str], tokens: int) -> dict[str, s
         params.append(sampling_params(fields))
     batch = prompts(len(params), shortest=8)
     # Letters, so that a grammar lets some of what is drafted pass.
-    run = pair.run(batch, params, chain_first=True, vocab=LETTERS, empty=0)
+    run = pair.run(batch, params, chain_first=True, vocab=LETTERS, empty=0, chains=0)
     run.assert_equal()
     found = {}
     for name, output in zip(PARAMETERS, run.got, strict=True):

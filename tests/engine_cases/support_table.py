@@ -57,3 +57,51 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "thinking_token_budget": Parameter({"thinking_token_budget": 4}, v1=NO_DRAFT, v2=NO_DRAFT),
 }
+
+
+class Target(NamedTuple):
+    """One family of targets, by its ``model_type``.
+
+    Attributes:
+        cpu: what it gets on Model Runner V1, which runs on CPUs.
+        cuda: on V2, which runs on GPUs.
+        compared: runners on which answers were compared with plain vLLM's, and by which tests.
+        fields: of its config.json that make it what it is.
+    """
+
+    cpu: str
+    cuda: str
+    compared: str
+    fields: dict[str, Any] = {}
+
+
+_WINDOWS_V1 = "V1 (`engine_v1/test_windows.py`)"
+_WINDOWS = f"{_WINDOWS_V1}, V2 (`engine_v2/own_process/v2_windows.py`)"
+_SCALED = "V1 (`engine_v1/test_targets.py`), V2 (`engine_v2/own_process/v2_targets.py`)"
+_MAMBA2 = "V2 with kernels for GPUs (`engine_v2/own_process/v2_chains.py`)"
+
+TARGETS: dict[str, Target] = {
+    "llama": Target(TREE, TREE, "V1, V2 (nearly every test)"),
+    "mistral": Target(TREE, TREE, _WINDOWS),
+    "gemma2": Target(TREE, TREE, _WINDOWS),
+    "gemma3_text": Target(TREE, TREE, _WINDOWS_V1),
+    "gpt_oss": Target(TREE, TREE, _WINDOWS_V1),
+    "exaone4": Target(TREE, TREE, _WINDOWS_V1),
+    "cohere2": Target(TREE, TREE, _WINDOWS_V1),
+    "olmo3": Target(TREE, TREE, _WINDOWS_V1),
+    "gemma": Target(TREE, TREE, _SCALED),
+    "granite": Target(TREE, TREE, _SCALED),
+    "cohere": Target(TREE, TREE, _SCALED),
+    "deepseek_v3": Target(CHAIN, CHAIN, ""),
+    "qwen3_next": Target(REFUSED, CHAIN, ""),
+    "falcon_h1": Target(REFUSED, CHAIN, _MAMBA2),
+    "granitemoehybrid": Target(REFUSED, CHAIN, "", {"layer_types": ["mamba", "attention"]}),
+    "mamba2": Target(REFUSED, CHAIN, ""),
+    "lfm2": Target(REFUSED, CHAIN, ""),
+    "mamba": Target(REFUSED, REFUSED, ""),
+    "jamba": Target(REFUSED, REFUSED, ""),
+    "minimax": Target(
+        REFUSED, REFUSED, "", {"layer_types": ["linear_attention", "full_attention"]}
+    ),
+    "bart": Target(REFUSED, REFUSED, ""),
+}  # fmt: skip

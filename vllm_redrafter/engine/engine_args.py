@@ -73,12 +73,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm_redrafter.engine.inherited_checks import leave_out
         from vllm_redrafter.engine.node_schedule import with_schedule
         from vllm_redrafter.engine.prometheus.receiver import METRICS_KEY, listen
-        from vllm_redrafter.engine.target_shape import (
-            Shape,
-            cached_states,
-            check_target,
-            put_shape,
-        )
+        from vllm_redrafter.engine.target_shape import Shape, check_target, put_shape
 
         v2 = wants_v2()
         # With LoRA vLLM wants room for all nodes of all requests in a step, as V2 does.
@@ -108,10 +103,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         if shape.shape is Shape.CHAIN:
             chosen = asked.get("num_speculative_tokens") is not None
             fewer = for_chains(options, chosen, shape.keeps_states)
-            caches = cached_states(config, shape, bool(self.enable_prefix_caching))
-            if caches:
-                ours.enable_prefix_caching = False
-            if fewer != options or caches:
+            if fewer != options:
                 # Only the finished configuration says what kind of target it is.
                 options = fewer
                 config, rewritten, mine = configured(options)

@@ -9,14 +9,11 @@ the draft is verified as vLLM verifies its own chains, where it has such a path.
 from __future__ import annotations
 
 import enum
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_redrafter.engine.checks import UnsupportedError
-
-logger = logging.getLogger("vllm.vllm_redrafter")
 
 # Our key in vLLM's additional_config.
 SHAPE_KEY = "redrafter_shape"
@@ -90,10 +87,22 @@ def recurrence_of(model: Any) -> Recurrence | None:
     return Recurrence.UNKNOWN
 
 
-# vLLM's kernels that keep a state for every drafted token and go on from the last accepted one's.
-# On CPUs the others take no number of accepted tokens: vLLM's own drafts change answers there.
-STATES_ON_CPUS = (Recurrence.GDN,)
-STATES_ON_CUDA = (Recurrence.GDN, Recurrence.MAMBA2, Recurrence.SHORT_CONV)
+# Kinds for which vLLM keeps a state for every drafted token and goes on from the last accepted
+# one's. On CPUs it does for none: with drafts of vLLM's own, n-grams, Mamba 2 gives other answers
+# there, and a gated delta net ends the engine (0.32.0).
+KEEP_STATES: dict[bool, tuple[Recurrence, ...]] = {
+    True: (),
+    False: (Recurrence.GDN, Recurrence.MAMBA2, Recurrence.SHORT_CONV),
+}
+
+# vLLM's own reasons, where it does not.
+_NO_COUNT = (
+    "its kernels there take no number of accepted tokens, and go on from the state behind a "
+    "rejected one"
+)
+_FEWER_ROWS = (
+    "its kernels there fail where a step has fewer rows than the one before accepted tokens"
+)
 
 CURE = "use a decoder-only target with full or sliding-window attention in every layer"
 
@@ -134,14 +143,13 @@ def shape_of_model(model: Any, cpu: bool) -> TargetShape:
 
 
 def _of_recurrence(kind: Recurrence, name: str, cpu: bool) -> TargetShape:
-    if kind in (STATES_ON_CPUS if cpu else STATES_ON_CUDA):
+    if kind in KEEP_STATES[cpu]:
         why = f"{kind.value} are a recurrence along one sequence"
         return TargetShape(Shape.CHAIN, why, keeps_states=True)
-    where = "its CPU kernels of" if cpu else "Model Runner V2 for"
+    reason = _FEWER_ROWS if kind is Recurrence.GDN else _NO_COUNT
     return _refused(
-        f"ReDrafter does not support {kind.value} ({name}), because vLLM cannot verify drafts "
-        f"there: {where} such layers take no number of accepted tokens, and go on from the state "
-        "behind a rejected one"
+        f"ReDrafter does not support {kind.value} ({name}) on {'CPUs' if cpu else 'GPUs'}, because "
+        f"vLLM cannot verify drafts of them: {reason}"
     )
 
 
@@ -162,38 +170,6 @@ def check_target(vllm_config: Any) -> TargetShape:
     return shape
 
 
-def cached_states(vllm_config: Any, shape: TargetShape, asked: bool) -> bool:
-    """Whether vLLM would cache states of recurrent layers in a way that it lacks a kernel for.
-
-    Its default; it fails at the first step with drafts then.
-
-    Args:
-        vllm_config: the finished configuration.
-        shape: of its target.
-        asked: the user asked for prefix caching.
-
-    Raises:
-        UnsupportedError: the user did.
-    """
-    from vllm.triton_utils import HAS_TRITON
-
-    if not shape.keeps_states or HAS_TRITON:
-        return False
-    if vllm_config.cache_config.mamba_cache_mode != "align":
-        return False
-    if asked:
-        raise UnsupportedError(
-            "ReDrafter does not support prefix caching for this target on CPUs: beside drafts vLLM "
-            "copies the states of its recurrent layers with a Triton kernel, and there is no "
-            "Triton; leave enable_prefix_caching out."
-        )
-    logger.warning(
-        "Prefix caching is off: beside drafts vLLM needs Triton to cache the states of this "
-        "target's recurrent layers."
-    )
-    return True
-
-
 def check_states(kv_cache_groups: Sequence[Any], cpu: bool) -> None:
     """The layers are there: whether all recurrent ones are of a kind that goes back.
 
@@ -204,7 +180,7 @@ def check_states(kv_cache_groups: Sequence[Any], cpu: bool) -> None:
     Raises:
         UnsupportedError: another kind.
     """
-    allowed = {kind.name for kind in (STATES_ON_CPUS if cpu else STATES_ON_CUDA)}
+    allowed = {kind.name for kind in KEEP_STATES[cpu]}
     for group in kv_cache_groups:
         kind = getattr(group.kv_cache_spec, "mamba_type", None)
         if kind is not None and kind.name.removesuffix("_ATTN") not in allowed:

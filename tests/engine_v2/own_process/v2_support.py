@@ -28,4 +28,4 @@ def test_parameters(make_pair, monkeypatch):
 
     monkeypatch.setattr(state, "add_request", add_request)
     monkeypatch.setattr(state.trees, "put", put)
-    assert ask(pair, most, tokens=8) == {name: row.v2 for name, row in PARAMETERS.items()}
+    assert ask(pair, most, tokens=12) == {name: row.v2 for name, row in PARAMETERS.items()}

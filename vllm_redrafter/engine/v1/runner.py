@@ -25,7 +25,7 @@ from vllm_redrafter.engine.draft_guard import DraftGuard
 from vllm_redrafter.engine.engine_args import options_of
 from vllm_redrafter.engine.first_rank import first_ranks_object, is_first_rank, several_ranks
 from vllm_redrafter.engine.metrics import ReDrafterStats
-from vllm_redrafter.engine.target_shape import Shape, check_states, shape_of
+from vllm_redrafter.engine.target_shape import Shape, shape_of
 from vllm_redrafter.engine.thorough import check_logits, checked_move, thorough
 from vllm_redrafter.engine.tree_step import STEP_ATTRIBUTE, TreeStep
 from vllm_redrafter.engine.v1.calibrate import (
@@ -143,9 +143,7 @@ class TreeRunnerMixin:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         layers = self.compilation_config.static_forward_context
         self._movers = []
-        if self._chains:
-            # vLLM's own attention, and chains leave nothing to move.
-            check_states(self.kv_cache_config.kv_cache_groups, cpu=True)
+        # Chains are left to vLLM's own attention, and nothing of them has to move.
         for group in () if self._chains else self.kv_cache_config.kv_cache_groups:
             members = {name: layers[name] for name in group.layer_names}
             self._movers.append(take_over(members))
