@@ -158,7 +158,7 @@ def test_chunked_local_attention(target):
     """Llama 4: the engine died at the first context of two chunks."""
     shape = shape_of_model(model_of(target, attention_chunk_size=128), cpu=True)
     assert shape.shape is Shape.REFUSED
-    assert f"{shape.why}; {shape.cure}." == (
+    assert shape.why == (
         "ReDrafter does not support chunked local attention (LlamaForCausalLM) over contexts of "
         "more than one chunk, and max_model_len is 512; set it to 128 or less."
     )
@@ -249,7 +249,7 @@ def test_unsupported_model(message, tmp_path, architecture, feature, fields):
     model = tiny_models.write_hf_config(tmp_path / "model", architectures=[architecture], **fields)
     text = message(model=model)
     assert f"does not support {feature} ({architecture})" in text
-    assert "use a decoder-only target with full or sliding-window attention in every" in text
+    assert "; use a decoder-only target" in text
 
 
 def test_mla_is_no_obstacle(engine_config, tmp_path):

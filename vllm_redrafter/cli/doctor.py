@@ -265,9 +265,12 @@ def check_target(target: str) -> Iterator[Check]:
 
     v2 = wants_v2()
     shape = shape_of_model(ModelConfig(model=target), current_platform.is_cpu())
-    detail = f"'{target}' gets {shape} on Model Runner {'V2' if v2 else 'V1'}"
-    cure = shape.cure if shape.shape is Shape.REFUSED else ""
-    yield Check("target", _status(shape.shape is not Shape.REFUSED), detail, cure)
+    runner = f"Model Runner {'V2' if v2 else 'V1'}"
+    if shape.shape is Shape.REFUSED:
+        reason, _, cure = shape.why.rpartition("; ")
+        yield Check("target", Status.PROBLEM, f"refused on {runner}: {reason}", cure)
+    else:
+        yield Check("target", Status.OK, f"gets {shape} on {runner}")
 
 
 def check_compiled_ops() -> Iterator[Check]:

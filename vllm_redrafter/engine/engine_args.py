@@ -99,7 +99,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(mine, *args, **kwargs), rewritten, mine
 
         config, rewritten, mine = configured(options)
-        shape = check_target(config)
+        shape = check_target(config.model_config, config.device_config.device_type == "cpu")
         if shape.shape is Shape.CHAIN:
             chosen = asked.get("num_speculative_tokens") is not None
             fewer = for_chains(options, chosen, shape.keeps_states)

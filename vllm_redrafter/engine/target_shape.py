@@ -33,15 +33,13 @@ class TargetShape:
 
     Attributes:
         shape: see ``Shape``.
-        why: a clause; of a refusal the whole sentence but for its cure; empty for a tree.
+        why: a clause; of a refusal the whole sentence; empty for a tree.
         keeps_states: layers keep a state per drafted token, so that every node costs memory.
-        cure: of a refusal.
     """
 
     shape: Shape
     why: str = ""
     keeps_states: bool = False
-    cure: str = ""
 
     def __str__(self) -> str:
         """What stands behind "gets"."""
@@ -96,78 +94,66 @@ KEEP_STATES: dict[bool, tuple[Recurrence, ...]] = {
 }
 
 # vLLM's own reasons, where it does not.
-_NO_COUNT = (
-    "its kernels there take no number of accepted tokens, and go on from the state behind a "
-    "rejected one"
-)
-_FEWER_ROWS = (
-    "its kernels there fail where a step has fewer rows than the one before accepted tokens"
-)
-
-CURE = "use a decoder-only target with full or sliding-window attention in every layer"
-
+_NO_COUNT = "take no number of accepted tokens, and go on from the state behind a rejected one"
+_FEWER_ROWS = "fail where a step has fewer rows than the one before accepted tokens"
 
 def shape_of_model(model: Any, cpu: bool) -> TargetShape:
-    """What a target gets, by its configuration alone.
+    """What a target gets, by its configuration alone; a refusal's ``why`` is the whole sentence.
 
     Args:
         model: vLLM's ``ModelConfig``.
         cpu: on vLLM's CPU platform, else on CUDA.
     """
+    try:
+        return check_target(model, cpu)
+    except UnsupportedError as error:
+        return TargetShape(Shape.REFUSED, str(error))
+
+
+def check_target(model: Any, cpu: bool) -> TargetShape:
+    """The same.
+
+    Raises:
+        UnsupportedError: the target is refused.
+    """
     name = ", ".join(model.architectures)
     if model.runner_type != "generate":
-        return _refused(
-            f"ReDrafter drafts for text generation, not for runner '{model.runner_type}'",
-            "leave it out for this model",
+        raise UnsupportedError(
+            f"ReDrafter drafts for text generation, not for runner '{model.runner_type}'; leave "
+            "it out for this model."
         )
     if model.is_encoder_decoder:
-        return _refused(f"ReDrafter does not support encoder-decoder models ({name})")
+        raise UnsupportedError(
+            f"ReDrafter does not support encoder-decoder models ({name}); use a decoder-only "
+            "target."
+        )
     if model.uses_mrope or getattr(model, "uses_xdrope_dim", 0):
-        return _refused(
-            f"ReDrafter does not support multi-dimensional rotary positions ({name})"
+        raise UnsupportedError(
+            f"ReDrafter does not support multi-dimensional rotary positions ({name}); use a target "
+            "with one position per token."
         )
     # Llama 4. A context within the first chunk is attended to in full.
     chunk = model.attention_chunk_size
     if chunk and model.max_model_len > chunk:
-        return _refused(
+        raise UnsupportedError(
             f"ReDrafter does not support chunked local attention ({name}) over contexts of more "
-            f"than one chunk, and max_model_len is {model.max_model_len}",
-            f"set it to {chunk} or less",
+            f"than one chunk, and max_model_len is {model.max_model_len}; set it to {chunk} or "
+            "less."
         )
     kind = recurrence_of(model)
+    if kind is not None and kind not in KEEP_STATES[cpu]:
+        raise UnsupportedError(
+            f"ReDrafter does not support {kind.value} ({name}) on {'CPUs' if cpu else 'GPUs'}, "
+            "because vLLM cannot verify drafts of them: its kernels there "
+            f"{_FEWER_ROWS if kind is Recurrence.GDN else _NO_COUNT}; use a decoder-only target "
+            "with full or sliding-window attention in every layer."
+        )
     if kind is not None:
-        return _of_recurrence(kind, name, cpu)
+        why = f"{kind.value} are a recurrence along one sequence"
+        return TargetShape(Shape.CHAIN, why, keeps_states=True)
     if model.use_mla:
         return TargetShape(Shape.CHAIN, "MLA's kernels take no tree")
     return TargetShape(Shape.TREE)
-
-
-def _of_recurrence(kind: Recurrence, name: str, cpu: bool) -> TargetShape:
-    if kind in KEEP_STATES[cpu]:
-        why = f"{kind.value} are a recurrence along one sequence"
-        return TargetShape(Shape.CHAIN, why, keeps_states=True)
-    reason = _FEWER_ROWS if kind is Recurrence.GDN else _NO_COUNT
-    return _refused(
-        f"ReDrafter does not support {kind.value} ({name}) on {'CPUs' if cpu else 'GPUs'}, because "
-        f"vLLM cannot verify drafts of them: {reason}"
-    )
-
-
-def _refused(why: str, cure: str = CURE) -> TargetShape:
-    return TargetShape(Shape.REFUSED, why, cure=cure)
-
-
-def check_target(vllm_config: Any) -> TargetShape:
-    """What the target of a finished configuration gets.
-
-    Raises:
-        UnsupportedError: it is refused.
-    """
-    cpu = vllm_config.device_config.device_type == "cpu"
-    shape = shape_of_model(vllm_config.model_config, cpu)
-    if shape.shape is Shape.REFUSED:
-        raise UnsupportedError(f"{shape.why}; {shape.cure}.")
-    return shape
 
 
 def check_states(kv_cache_groups: Sequence[Any], cpu: bool) -> None:
@@ -186,7 +172,8 @@ def check_states(kv_cache_groups: Sequence[Any], cpu: bool) -> None:
         if kind is not None and kind.name.removesuffix("_ATTN") not in allowed:
             raise UnsupportedError(
                 f"ReDrafter does not support layers of vLLM's kind {kind.name}, whose state cannot "
-                f"go back behind a rejected token; {CURE}."
+                "go back behind a rejected token; use a decoder-only target with full or "
+                "sliding-window attention in every layer."
             )
 
 
