@@ -31,6 +31,8 @@ BUDGETS = ("auto", "fixed")
 MOST_BEAMS = 64
 MOST_DRAFT_LENGTH = 64
 MOST_LOOKUP_TOKENS = 256
+# Merging more takes time, and what is behind so many is no likely chain.
+MOST_CHAIN_PATHS = 128
 # Counts go to the operators as int32 or int64, and no vocabulary is larger.
 MOST_TOP_K = 2**31 - 1
 
@@ -83,6 +85,15 @@ class ReDrafterOptions:
         if self.prompt_lookup:
             deepest = max(deepest, self.prompt_lookup_num_tokens)
         return min(deepest, self.num_speculative_tokens)
+
+    @property
+    def chain_paths(self) -> int:
+        """Among how many of the likeliest nodes a chain is chosen: the likeliest few may hold a
+        short one."""
+        paths = self.beam_width * self.draft_length
+        if self.prompt_lookup:
+            paths += MAX_CHAINS * self.prompt_lookup_num_tokens
+        return min(paths, MOST_CHAIN_PATHS)
 
     def nodes_for(self, batch_size: int) -> int:
         """How many nodes each of ``batch_size`` running requests may draft."""

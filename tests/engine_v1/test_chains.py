@@ -32,7 +32,8 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
             models["drafter"] = write_drafter(directory.with_name("drafter"))
         model, drafter = models[family], models["drafter"]
         settings = {"num_gpu_blocks_override": 256} | settings
-        return Pair(engine(model, **settings), engine(model, drafter, **settings, **SPEC))
+        spec = SPEC | {key: settings.pop(key) for key in list(settings) if key[:5] == "spec_"}
+        return Pair(engine(model, **settings), engine(model, drafter, **settings, **spec))
 
     return make
 
@@ -53,6 +54,16 @@ def check_family(pair: Pair) -> None:
 @pytest.mark.parametrize("family", ["deepseek_v3"])
 def test_family(pair_of, family):
     check_family(pair_of(family))
+
+
+def test_a_measured_budget(pair_of):
+    """As a user starts it: the drafter's own chains, as many nodes as pay."""
+    pair = pair_of("deepseek_v3", spec_node_budget="auto", spec_num_speculative_tokens=6)
+    batch = prompts(4, shortest=20, longest=90)
+    expected = pair.plain.generate(batch, GREEDY)
+    pair.trees.reset()
+    assert tokens(pair.trees.generate(batch, GREEDY)) == tokens(expected)
+    assert not pair.trees.stats["draft_errors"] and not pair.trees.stats["fallbacks"]
 
 
 def test_control_trees(pair_of, monkeypatch):

@@ -24,7 +24,6 @@ from vllm_redrafter.budget.trust import Trust, kind_of
 from vllm_redrafter.drafter.beam_search import Beams, greedy_chain
 from vllm_redrafter.engine.metrics import ReDrafterStats
 from vllm_redrafter.engine.v1.request_tree import NOTHING, RequestTree
-from vllm_redrafter.lookup.sizes import MAX_CHAINS
 from vllm_redrafter.lookup.suffix import Chains
 from vllm_redrafter.ops.build_tree import build_tree
 from vllm_redrafter.ops.candidates import choose_tree, merge_candidates
@@ -174,10 +173,7 @@ class Drafting:
         most, max_depth = given.most_nodes, torch.from_numpy(given.max_depth)
         if not self._chains:
             return merge_candidates(root, beams, chains, most, max_depth)
-        # Among all paths: among the likeliest nodes it may be a short one.
-        options = self._options
-        paths = options.beam_width * options.draft_length
-        paths += MAX_CHAINS * options.prompt_lookup_num_tokens
+        paths = max(most, self._options.chain_paths)
         return best_chains(merge_candidates(root, beams, chains, paths, max_depth), most)
 
     def _compare(

@@ -35,7 +35,6 @@ from vllm_redrafter.engine.v2.memory import ExtraMemory, extra_memory, widest_st
 from vllm_redrafter.engine.v2.model_state import TreeModelState, model_state_class
 from vllm_redrafter.engine.v2.tree_check import no_trees, without_bad_trees
 from vllm_redrafter.engine.v2.tree_store import Drafted
-from vllm_redrafter.lookup.sizes import MAX_CHAINS
 from vllm_redrafter.ops.build_tree import build_tree
 from vllm_redrafter.tree.candidates import FROM_DRAFTER
 from vllm_redrafter.tree.walk import Walk
@@ -82,12 +81,10 @@ class ReDrafterSpeculator(DraftModelSpeculator):
         self._several_ranks = several_ranks()
         self._agreements = 0
         self.draft_guard = DraftGuard(lambda: self.model_state.stats.host)
-        # Nodes to choose a chain among, which may be a short one in the likeliest N.
+        # Nodes that are drafted, of which the first N are kept.
         self._paths = options.num_speculative_tokens
         if shape_of(vllm_config).shape is Shape.CHAIN:
-            self._paths = options.beam_width * options.draft_length
-            if self._lookup is not None:
-                self._paths += MAX_CHAINS * self._lookup.depth
+            self._paths = options.chain_paths
 
     def _make_accept_buffers(self, groups: int) -> AcceptBuffers:
         nodes, depth = self.options.num_speculative_tokens, self.options.max_depth
