@@ -23,7 +23,7 @@ def page() -> str:
     """The page's text."""
     sys.path.insert(0, str(ROOT / "tests" / "engine_cases"))
     from settings import CACHE, SCHEDULER, SPECULATIVE
-    from support_table import PARAMETERS, TARGETS
+    from support_table import KINDS, PARAMETERS, TARGETS
 
     from vllm_redrafter.engine.compat import TESTED_VLLM
 
@@ -40,6 +40,11 @@ def page() -> str:
     lines += [
         f"| `{name}` | {_drafted(row.v1)} | {_drafted(row.v2)} |"
         for name, row in PARAMETERS.items()
+    ]
+    lines += [INTRODUCTION_OF_KINDS]
+    lines += [
+        f"| {name} | {_drafted(row.v1)} | {_drafted(row.v2)} | {row.held_by} |"
+        for name, row in KINDS.items()
     ]
     lines += [INTRODUCTION_OF_SETTINGS]
     for title, table in (
@@ -93,6 +98,10 @@ verified. On targets that get chains every tree is a chain.
 
 | parameter | V1 | V2 |
 | --- | --- | --- |"""
+
+INTRODUCTION_OF_KINDS = """
+| requests with | V1 | V2 | held by |
+| --- | --- | --- | --- |"""
 
 INTRODUCTION_OF_SETTINGS = """
 ## Settings of vLLM

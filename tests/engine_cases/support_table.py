@@ -59,6 +59,33 @@ PARAMETERS: dict[str, Parameter] = {
 }
 
 
+class Kind(NamedTuple):
+    """Requests that something else than ``SamplingParams`` makes special.
+
+    Attributes:
+        v1, v2: as of ``Parameter``.
+        held_by: the tests.
+    """
+
+    v1: str
+    v2: str
+    held_by: str
+
+
+_OF_REQUESTS = "`engine_v1/test_parameters.py`, `engine_v2/own_process/v2_parameters.py`"
+
+KINDS: dict[str, Kind] = {
+    "LoRA adapters": Kind(TREE, TREE, _OF_REQUESTS),
+    "custom logits processors": Kind(NO_DRAFT, CHAIN, _OF_REQUESTS),
+    "prompt embeddings": Kind(
+        TREE, TREE, "`engine_v1/test_undrafted.py`, `engine_v2/own_process/v2_undrafted.py`"
+    ),
+    "streamed input": Kind(
+        TREE, TREE, "`engine_v1/test_async_sessions.py`, `engine_v2/own_process/v2_sessions.py`"
+    ),
+}
+
+
 class Target(NamedTuple):
     """One family of targets, by its ``model_type``.
 

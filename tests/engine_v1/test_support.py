@@ -2,9 +2,9 @@
 """What the support table says of parameters is what Model Runner V1 does."""
 
 import pytest
-from engine_cases import reasoning
+from engine_cases import processors, reasoning
 from engine_cases.support_parameters import ask, note
-from engine_cases.support_table import PARAMETERS
+from engine_cases.support_table import KINDS, PARAMETERS
 
 from vllm_redrafter.engine.v1.runner import TreeRunnerMixin
 
@@ -27,6 +27,12 @@ def seen(make_pair, monkeypatch):
 
 def test_parameters(seen):
     assert ask(*seen, tokens=20) == {name: row.v1 for name, row in PARAMETERS.items()}
+
+
+def test_requests_with_custom_processors():
+    """The reasons that the engines' own tests expect to be counted."""
+    row = KINDS["custom logits processors"]
+    assert row.v1 in processors.REASON_V1 and row.v2 in processors.REASON_V2
 
 
 def test_control_a_request_that_gets_less_than_the_table_says(seen, monkeypatch):
