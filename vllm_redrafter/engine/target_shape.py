@@ -80,7 +80,8 @@ def recurrence_of(model: Any) -> Recurrence | None:
         return Recurrence.LINEAR
     if has("time_step_rank") or has("mamba_dt_rank"):
         return Recurrence.MAMBA1
-    if has("mamba_n_heads") or has("mamba_num_heads") or has("n_groups", "num_heads"):
+    heads = ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads")
+    if any(map(has, heads)):
         return Recurrence.MAMBA2
     return Recurrence.UNKNOWN
 
