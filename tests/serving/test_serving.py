@@ -240,7 +240,7 @@ def test_log_says_once_what_runs(servers, target, drafter):
     assert "Traceback" not in log
     (line,) = [line for line in log.splitlines() if "ReDrafter is on: " in line]
     assert " INFO " in line
-    assert f"drafter '{drafter}' for target '{target}', W=" in line
+    assert f"drafter '{drafter}' for target '{target}', which gets trees, W=" in line
     assert line.endswith(f", Model Runner {runner_of(servers).upper()}.")
     assert "redrafter" not in plain.log.read_text().lower().replace("vllm_redrafter", "")
 

@@ -706,6 +706,21 @@ _V2 = (
         parameters=("num_reqs", "num_tokens"),
     ),
     Hook(
+        "vllm.v1.worker.gpu.model_states.mamba_hybrid:MambaHybridModelState",
+        "the second base class where the target has recurrent layers",
+        attributes=("num_accepted_tokens_gpu",),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_states.mamba_hybrid:MambaHybridModelState.postprocess_state",
+        "called behind ours: which state a request goes on from",
+        parameters=("idx_mapping", "num_sampled", "num_computed_tokens"),
+    ),
+    Hook(
+        "vllm.v1.kv_cache_interface:MambaSpec",
+        "which kind of recurrent layers a KV cache group has",
+        fields=("mamba_type",),
+    ),
+    Hook(
         "vllm.v1.worker.gpu.model_states.interface:ModelState.custom_sampler",
         "overridden: the tree sampler",
         parameters=("sampler",),

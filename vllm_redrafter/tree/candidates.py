@@ -109,6 +109,40 @@ def merge_candidates(
     return out
 
 
+def best_chains(candidates: Candidates, most: int) -> Candidates:
+    """Each request's best chain alone: from the root always the likeliest child.
+
+    Args:
+        candidates: of M columns, on the CPU.
+        most: K >= 0, the longest that a chain may be.
+
+    Returns:
+        Candidates of K columns; a chain is likeliest first as it is.
+    """
+    batch, columns = candidates.tokens.shape
+    picked = torch.full((batch, most), columns)
+    for b in range(batch):
+        above = [None if p == NO_PARENT else p for p in candidates.parents[b].tolist()]
+        chain = best_chain(list(range(int(candidates.counts[b]))), above)[:most]
+        picked[b, : len(chain)] = torch.tensor(chain, dtype=torch.int64)
+    real = picked < columns
+    along = torch.arange(most).expand(batch, most)
+
+    def taken(values: Tensor, padding: float) -> Tensor:
+        wide = torch.nn.functional.pad(values, (0, 1), value=padding)
+        return wide.gather(1, picked)
+
+    return Candidates(
+        root=candidates.root,
+        tokens=taken(candidates.tokens, 0),
+        parents=torch.where(real, along - 1, NO_PARENT),
+        depths=torch.where(real, along + 1, 0),
+        scores=taken(candidates.scores, FILLER_SCORE),
+        sources=taken(candidates.sources, 0),
+        counts=real.sum(1),
+    )
+
+
 def choose_tree(candidates: Candidates, counts: Tensor) -> tuple[Tree, Tensor]:
     """The trees of each request's first ``counts`` candidates, the best chain first.
 

@@ -35,6 +35,7 @@ from vllm_redrafter.tree.candidates import (
     FROM_GRAMMAR,
     FROM_LOOKUP,
     Candidates,
+    best_chains,
 )
 from vllm_redrafter.tree.grammar import Grown, Matcher, grow
 from vllm_redrafter.tree.tree import NO_PARENT
@@ -95,6 +96,7 @@ class Drafting:
         draft: runs the drafter.
         stats: counters.
         costs: of the budget; None for a fixed one.
+        chains: only the best chain of each request is a candidate.
     """
 
     def __init__(
@@ -103,8 +105,10 @@ class Drafting:
         draft: Draft,
         stats: Callable[[], ReDrafterStats],
         costs: CostModel | None = None,
+        chains: bool = False,
     ) -> None:
         self._options, self._draft, self._stats = options, draft, stats
+        self._chains = chains
         self._full: DraftShape = options.beam_width, options.draft_length
         self.costs = costs
         self.trust = {"drafter": Trust(), "lookup": Trust(), "grammar": Trust()}
@@ -177,9 +181,11 @@ class Drafting:
         self, given: DraftInput, beams: Beams | None, chains: Chains | None
     ) -> Candidates:
         root = torch.tensor(given.known, dtype=torch.int64)
-        return merge_candidates(
-            root, beams, chains, given.most_nodes, torch.from_numpy(given.max_depth)
-        )
+        most, max_depth = given.most_nodes, torch.from_numpy(given.max_depth)
+        if not self._chains:
+            return merge_candidates(root, beams, chains, most, max_depth)
+        paths = max(most, self._options.chain_paths)
+        return best_chains(merge_candidates(root, beams, chains, paths, max_depth), most)
 
     def _under_grammars(
         self,

@@ -25,6 +25,7 @@ from vllm_redrafter.engine.draft_guard import DraftGuard
 from vllm_redrafter.engine.engine_args import options_of
 from vllm_redrafter.engine.first_rank import first_ranks_object, is_first_rank, several_ranks
 from vllm_redrafter.engine.metrics import ReDrafterStats
+from vllm_redrafter.engine.target_shape import Shape, shape_of
 from vllm_redrafter.engine.thorough import check_logits, checked_move, thorough
 from vllm_redrafter.engine.tree_step import STEP_ATTRIBUTE, TreeStep
 from vllm_redrafter.engine.v1.calibrate import (
@@ -124,7 +125,9 @@ class TreeRunnerMixin:
         self._step: _Step | None = None
         # Whether a request said its last token in this step, as far as is known here.
         self.someone_ended = False
-        self._drafting = Drafting(self._options, self._run_drafter, lambda: self.redrafter_stats)
+        # Whether no tree of the target's can be verified, see ``target_shape``.
+        self._chains = shape_of(self.vllm_config).shape is Shape.CHAIN
+        self._drafting = self._make_drafting()
         self._clock = StepClock()
         self.draft_guard = DraftGuard(lambda: self.redrafter_stats)
         self._thorough = thorough()
@@ -144,7 +147,8 @@ class TreeRunnerMixin:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         layers = self.compilation_config.static_forward_context
         self._movers = []
-        for group in self.kv_cache_config.kv_cache_groups:
+        # Chains are left to vLLM's own attention, and nothing of them has to move.
+        for group in () if self._chains else self.kv_cache_config.kv_cache_groups:
             members = {name: layers[name] for name in group.layer_names}
             self._movers.append(take_over(members))
         holder = self.input_batch.thinking_budget_state_holder
@@ -157,9 +161,13 @@ class TreeRunnerMixin:
         """Give the node budget its costs; the model and its KV cache are there by now."""
         if self._options.node_budget == "fixed":
             return
-        costs = CostModel(cost_table(self, self._options, self._shapes))
-        self._drafting = Drafting(
-            self._options, self._run_drafter, lambda: self.redrafter_stats, costs
+        self._drafting = self._make_drafting(
+            CostModel(cost_table(self, self._options, self._shapes))
+        )
+
+    def _make_drafting(self, costs: CostModel | None = None) -> Drafting:
+        return Drafting(
+            self._options, self._run_drafter, lambda: self.redrafter_stats, costs, self._chains
         )
 
     def measured_costs(self) -> CostTable:
@@ -478,7 +486,9 @@ class TreeRunnerMixin:
         for i, tree in zip(drafting, trees, strict=True):
             if not len(tree):
                 continue
-            if self.requests[req_ids[i]].sampling_params.structured_outputs is not None:
+            if self._chains:
+                tree = tree.first(tree.chain_length)
+            elif self.requests[req_ids[i]].sampling_params.structured_outputs is not None:
                 tree = self._under_grammar(i, tree)
                 if not len(tree):
                     continue
@@ -493,8 +503,8 @@ class TreeRunnerMixin:
     ) -> dict[int, Matcher]:
         """By batch row, the grammars of requests that may have a tree all the same."""
         matchers: dict[int, Matcher] = {}
-        # Apple's rule knows nothing of what may follow.
-        if self._options.tree != "best":
+        # Apple's rule knows nothing of what may follow; of a chain vLLM's scheduler keeps that part.
+        if self._chains or self._options.tree != "best":
             return matchers
         for i in drafting:
             req_id = self.input_batch.req_ids[i]
