@@ -503,7 +503,7 @@ class TreeRunnerMixin:
     ) -> dict[int, Matcher]:
         """By batch row, the grammars of requests that may have a tree all the same."""
         matchers: dict[int, Matcher] = {}
-        # Apple's rule knows nothing of what may follow; of a chain vLLM's scheduler keeps that part.
+        # Apple's rule knows nothing of what may follow; a chain is the scheduler's to cut.
         if self._chains or self._options.tree != "best":
             return matchers
         for i in drafting:
