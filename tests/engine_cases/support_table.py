@@ -105,8 +105,7 @@ class Target(NamedTuple):
 _WINDOWS_V1 = "V1 (`engine_v1/test_windows.py`)"
 _WINDOWS = f"{_WINDOWS_V1}, V2 (`engine_v2/own_process/v2_windows.py`)"
 _SCALED = "V1 (`engine_v1/test_targets.py`), V2 (`engine_v2/own_process/v2_targets.py`)"
-_CHAINS = "V1 (`engine_v1/test_chains.py`), V2 (`engine_v2/own_process/v2_chains.py`)"
-_MAMBA2 = "V2 with kernels for GPUs (`engine_v2/own_process/v2_chains.py`)"
+_CHAINS = "V1 (`engine_v1/test_chains.py`)"
 
 TARGETS: dict[str, Target] = {
     "llama": Target(TREE, TREE, "V1, V2 (nearly every test)"),
@@ -122,7 +121,7 @@ TARGETS: dict[str, Target] = {
     "cohere": Target(TREE, TREE, _SCALED),
     "deepseek_v3": Target(CHAIN, CHAIN, _CHAINS),
     "qwen3_next": Target(REFUSED, CHAIN, ""),
-    "falcon_h1": Target(REFUSED, CHAIN, _MAMBA2),
+    "falcon_h1": Target(REFUSED, CHAIN, ""),
     "granitemoehybrid": Target(REFUSED, CHAIN, "", {"layer_types": ["mamba", "attention"]}),
     "mamba2": Target(REFUSED, CHAIN, ""),
     "lfm2": Target(REFUSED, CHAIN, ""),

@@ -74,15 +74,18 @@ def recurrence_of(model: Any) -> Recurrence | None:
 
     if has("linear_num_value_heads"):
         return Recurrence.GDN
-    if "conv" in kinds:
+    if has("conv_L_cache"):
         return Recurrence.SHORT_CONV
-    if "linear_attention" in kinds:
-        return Recurrence.LINEAR
+    if has("num_heads", "state_size"):
+        return Recurrence.MAMBA2
     if has("time_step_rank") or has("mamba_dt_rank"):
         return Recurrence.MAMBA1
-    heads = ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads")
+    heads = ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads")
     if any(map(has, heads)):
         return Recurrence.MAMBA2
+    # Last: transformers gives Mamba's layers this name too.
+    if "linear_attention" in kinds:
+        return Recurrence.LINEAR
     return Recurrence.UNKNOWN
 
 
