@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain vLLM, ReDrafter and vLLM's own methods without a drafter, at several batch sizes.
 
-All engines are alive together and take turns on the same batches (``vllm_redrafter.demo.compare``);
+All engines are alive together and take turns on the same batches (``vllm_redrafter.bench.compare``);
 they stay up from one batch size to the next. Needs about 2 GB of memory per engine and a quiet
 machine:
 
@@ -25,12 +25,12 @@ from typing import Any
 
 from load_figures import figures, markdown
 
-from vllm_redrafter.demo import variants as kinds
-from vllm_redrafter.demo.compare import Comparison, compare
-from vllm_redrafter.demo.engine_process import EngineFailed
-from vllm_redrafter.demo.engines import Engines, Settings, context_length, default_threads
+from vllm_redrafter.bench import variants as kinds
+from vllm_redrafter.bench.compare import Comparison, compare
+from vllm_redrafter.bench.engine_process import EngineFailed
+from vllm_redrafter.bench.engines import Engines, Settings, context_length, default_threads
+from vllm_redrafter.bench.machine import describe_machine
 from vllm_redrafter.demo.fetch import FetchError
-from vllm_redrafter.demo.machine import describe_machine
 from vllm_redrafter.demo.prompts import TEXTS, chat_token_ids, random_token_ids, spread
 from vllm_redrafter.demo.target import smollm2
 from vllm_redrafter.training.errors import TrainingError

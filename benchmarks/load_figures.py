@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from vllm_redrafter.demo.compare import Comparison
-from vllm_redrafter.demo.own_counters import SOURCES
+from vllm_redrafter.bench.compare import Comparison
+from vllm_redrafter.bench.own_counters import SOURCES
 from vllm_redrafter.demo.report import BUSY_CORES
 
 

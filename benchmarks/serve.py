@@ -34,11 +34,11 @@ from typing import Any
 import aiohttp
 import psutil
 
-from vllm_redrafter.demo.engines import default_threads, openmp_environment
-from vllm_redrafter.demo.machine import describe_machine
+from vllm_redrafter.bench.engines import default_threads, openmp_environment
+from vllm_redrafter.bench.machine import describe_machine
+from vllm_redrafter.bench.variants import BUNDLED_DRAFTER, redrafter_config
 from vllm_redrafter.demo.prompts import TEXTS, chat_token_ids, spread
 from vllm_redrafter.demo.target import smollm2
-from vllm_redrafter.demo.variants import BUNDLED_DRAFTER, redrafter_config
 from vllm_redrafter.training.files import make_directory, write_atomic, write_json
 
 PLAIN, REDRAFTER = "plain", "redrafter"

@@ -2,7 +2,7 @@
 """Which tree pays: plain vLLM, chains and trees of several fixed sizes on the same prompts.
 
 Every setting is an engine in a process of its own and all take turns (see
-``vllm_redrafter.demo.compare``). Needs about 1.5 GB of memory per setting and a quiet machine:
+``vllm_redrafter.bench.compare``). Needs about 1.5 GB of memory per setting and a quiet machine:
 
     python benchmarks/tree_sizes.py --batch-size 1 --json benchmarks/results/tree_sizes_batch1.json
 """
@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_redrafter.demo.compare import Comparison, compare
-from vllm_redrafter.demo.engine_process import SpecCounters
-from vllm_redrafter.demo.engines import Settings
+from vllm_redrafter.bench.compare import Comparison, compare
+from vllm_redrafter.bench.engine_process import SpecCounters
+from vllm_redrafter.bench.engines import Settings
+from vllm_redrafter.bench.variants import BUNDLED_DRAFTER
 from vllm_redrafter.demo.prompts import chat_token_ids, mt_bench, spread
 from vllm_redrafter.demo.target import smollm2
-from vllm_redrafter.demo.variants import BUNDLED_DRAFTER
 
 PLAIN = "plain vLLM"
 

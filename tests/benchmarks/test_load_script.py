@@ -10,9 +10,9 @@ from types import ModuleType
 import pytest
 from benchmark_scripts import BENCHMARKS, load_script
 
-from vllm_redrafter.demo import compare as compare_module
-from vllm_redrafter.demo import engines as engines_module
-from vllm_redrafter.demo.engine_process import Generation, SpecCounters
+from vllm_redrafter.bench import compare as compare_module
+from vllm_redrafter.bench import engines as engines_module
+from vllm_redrafter.bench.engine_process import Generation, SpecCounters
 
 LOOP = [1, 2] * 20
 

@@ -3,8 +3,8 @@
 
 from benchmark_scripts import load_script
 
-from vllm_redrafter.demo.compare import Comparison, Run, Settings
-from vllm_redrafter.demo.engine_process import Generation, SpecCounters
+from vllm_redrafter.bench.compare import Comparison, Run, Settings
+from vllm_redrafter.bench.engine_process import Generation, SpecCounters
 
 
 def run(variant, group, seconds, accepted=0):

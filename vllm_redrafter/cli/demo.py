@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_redrafter.cli import UserError
-from vllm_redrafter.demo.variants import (
+from vllm_redrafter.bench.variants import (
     BUNDLED_DRAFTER,
     CHAIN,
     NGRAM,
@@ -19,6 +18,7 @@ from vllm_redrafter.demo.variants import (
     REDRAFTER,
     redrafter_config,
 )
+from vllm_redrafter.cli import UserError
 from vllm_redrafter.options import BUDGETS
 
 LABELS = {PLAIN: "plain vLLM", REDRAFTER: "ReDrafter", CHAIN: "ReDrafter, W=1", NGRAM: "n-gram"}
@@ -61,11 +61,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 unless float32 outputs differ from plain vLLM's."""
     from rich.console import Console
 
+    from vllm_redrafter.bench.compare import compare
+    from vllm_redrafter.bench.engine_process import EngineFailed
+    from vllm_redrafter.bench.engines import Settings, context_length
     from vllm_redrafter.demo import prompts as mt_bench
     from vllm_redrafter.demo import report
-    from vllm_redrafter.demo.compare import compare
-    from vllm_redrafter.demo.engine_process import EngineFailed
-    from vllm_redrafter.demo.engines import Settings, context_length
     from vllm_redrafter.demo.fetch import FetchError
     from vllm_redrafter.demo.target import smollm2
 

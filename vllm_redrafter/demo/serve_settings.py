@@ -8,9 +8,9 @@ import json
 import shlex
 import sys
 
-from vllm_redrafter.demo.engines import default_threads, openmp_environment
+from vllm_redrafter.bench.engines import default_threads, openmp_environment
+from vllm_redrafter.bench.variants import BUNDLED_DRAFTER, redrafter_config
 from vllm_redrafter.demo.target import smollm2
-from vllm_redrafter.demo.variants import BUNDLED_DRAFTER, redrafter_config
 
 
 def lines(target: str | None, drafter: str | None) -> list[str]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_redrafter.demo.engine_process import EngineProcess
-from vllm_redrafter.demo.machine import physical_cores
+from vllm_redrafter.bench.engine_process import EngineProcess
+from vllm_redrafter.bench.machine import physical_cores
 
 
 @dataclass(frozen=True)

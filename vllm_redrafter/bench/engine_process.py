@@ -5,7 +5,7 @@ Engines that are compared must not share anything: vLLM's metrics are one regist
 memory is per process, and thread settings are read once at import. The process blocks in `recv`
 between requests, so an idle engine takes no CPU time from the one being timed.
 
-Run as `python -m vllm_redrafter.demo.engine_process FD`, where FD is an inherited pipe.
+Run as `python -m vllm_redrafter.bench.engine_process FD`, where FD is an inherited pipe.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import IO, Any
 
-from vllm_redrafter.demo.own_counters import OwnCounters, gained, totals
+from vllm_redrafter.bench.own_counters import OwnCounters, gained, totals
 
 
 class EngineFailed(RuntimeError):
@@ -77,7 +77,7 @@ class Generation:
         finish_reasons: why each answer ended, "stop" or "length".
         part_seconds: wall time inside ReDrafter's code in this call, by part; {} without it.
         fallbacks: drafts not made, or cut to a chain, by reason.
-        own: ReDrafter's further counters of this call (`demo.own_counters`); {} without it.
+        own: ReDrafter's further counters of this call (`bench.own_counters`); {} without it.
         other_cpu_seconds: processor time of everything else on the machine during the call.
     """
 
@@ -121,7 +121,7 @@ class EngineProcess:
         self._log = tempfile.TemporaryFile()  # without a name: nothing is left behind
         fd = theirs.fileno()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_redrafter.demo.engine_process", str(fd)],
+            [sys.executable, "-m", "vllm_redrafter.bench.engine_process", str(fd)],
             env={**os.environ, **_with_package_path(self._env)},
             pass_fds=(fd,),
             stdin=subprocess.DEVNULL,
@@ -335,6 +335,6 @@ def _counters(engine: Any) -> tuple[int, SpecCounters]:
 if __name__ == "__main__":
     # Only this module under its real name may define what travels through the pipe: objects of
     # `__main__` could not be unpickled by the parent.
-    from vllm_redrafter.demo.engine_process import _serve as serve
+    from vllm_redrafter.bench.engine_process import _serve as serve
 
     serve(Connection(int(sys.argv[1])))

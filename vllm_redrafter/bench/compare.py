@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_redrafter.demo.engine_process import Generation, SpecCounters
-from vllm_redrafter.demo.engines import Engines, Settings, default_threads, openmp_environment
-from vllm_redrafter.demo.machine import describe_machine
-from vllm_redrafter.demo.own_counters import added, budget_facts, shares
+from vllm_redrafter.bench.engine_process import Generation, SpecCounters
+from vllm_redrafter.bench.engines import Engines, Settings, default_threads, openmp_environment
+from vllm_redrafter.bench.machine import describe_machine
+from vllm_redrafter.bench.own_counters import added, budget_facts, shares
 from vllm_redrafter.training.repeats import is_looping
 
 Progress = Callable[[int, int, str], None]
@@ -101,7 +101,7 @@ class Summary:
         nodes_by_source, accepted_by_source: shares of the verified and of the accepted nodes by
             who drafted them; {} where that is not counted.
         draft_shapes: shares of the drafts by the drafter's "W,L", "0,0" where it did not run.
-        budget: what the node budget expected and what came (`demo.own_counters`).
+        budget: what the node budget expected and what came (`bench.own_counters`).
         peak_rss_bytes: highest resident memory of the engine's process.
         startup_seconds: importing vLLM and building the engine.
     """
