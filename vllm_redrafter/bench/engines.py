@@ -29,6 +29,7 @@ class Settings:
         kv_cache_bytes: size of each engine's KV cache.
         enforce_eager: True: no torch.compile (its start-up takes minutes on a small machine).
         ignore_eos: True: always generate `max_tokens` tokens.
+        request_counters: vLLM counts drafts of every request (`Generation.request_spec`).
         llm_kwargs: further arguments of `vllm.LLM`.
         env: further environment variables of the engines.
     """
@@ -43,6 +44,7 @@ class Settings:
     kv_cache_bytes: int = 1 << 30
     enforce_eager: bool = True
     ignore_eos: bool = False
+    request_counters: bool = False
     llm_kwargs: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
 
@@ -67,6 +69,8 @@ def engine_arguments(
     }
     if config:
         kwargs["speculative_config"] = config
+        if settings.request_counters:
+            kwargs.setdefault("per_request_spec_decode_metrics", "summary")
     env = {
         # The engine runs inside its process: no second and third process share the cores.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
