@@ -20,9 +20,9 @@ PAGE = ROOT / "docs" / "messages.md"
 
 # Errors that reach a user; `missing` makes a TrainingError about a package that is not installed.
 NAMES = (
-    "BadTree", "BenchError", "CheckFailed", "CostTableError", "DrafterError", "EngineFailed", "FetchError",
-    "OptionError", "RuntimeError", "SourceError", "TrainingError", "UnsupportedError", "UserError",
-    "ValueError", "missing",
+    "BadTree", "BenchError", "CheckFailed", "CostTableError", "DrafterError", "EngineFailed",
+    "FetchError", "OptionError", "RuntimeError", "SourceError", "TrainingError",
+    "UnsupportedError", "UserError", "ValueError", "missing",
 )  # fmt: skip
 GROUPS = {
     "Options and the engine's settings": ("options.py", "engine"),

@@ -18,6 +18,7 @@ from vllm_redrafter.bench import run as run_module
 from vllm_redrafter.bench import variants as kinds
 from vllm_redrafter.bench.engine_process import EngineFailed, Generation, SpecCounters
 from vllm_redrafter.bench.errors import BenchError
+from vllm_redrafter.bench.prompts import PromptSet, that_fit
 from vllm_redrafter.bench.run import BenchOptions, all_variants, bench, chosen_servers
 
 LOOP = [1, 2] * 20
@@ -196,7 +197,7 @@ def test_variants():
 
 
 @pytest.mark.parametrize(("changed", "says"), [
-    ({"variants": ("oak",)}, "--variants has 'oak'; known are redrafter"),
+    ({"variants": ("oak",)}, "--variants has 'oak'; give some of redrafter"),
     ({"also": {"chain": {}}}, "--also has 'chain', which is the name of a variant"),
     ({"variants": ()}, "nothing to compare"),
 ])  # fmt: skip
@@ -276,6 +277,23 @@ def test_prompts_of_a_file(target, tmp_path):
     report = read(target)
     assert report["sets"] == {"mine": {"count": 2, "longest": 3}}
     assert "mine.jsonl, line 2: not JSON" in report["remarks"][0]
+
+
+def test_prompts_that_are_too_long_are_left_out():
+    asked = PromptSet("s", [[1] * 30, [1] * 41], ["a", "b"])
+    kept = that_fit(asked, 60, 100)
+    assert (kept.token_ids, kept.categories) == ([[1] * 30], ["a"])
+    assert kept.remarks[0].startswith("1 prompts of s were left out")
+    assert that_fit(asked, 60, None) is asked and that_fit(asked, 59, 100) is asked
+    with pytest.raises(BenchError, match="no prompt of s fits with an answer of 80 tokens"):
+        that_fit(asked, 80, 100)
+
+
+def test_no_engine_is_longer_than_the_target(target):
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    cli.main(command(target, "--count", "1", "--batch-sizes", "1", "--variants", "ngram"))
+    assert {kwargs["max_model_len"] for kwargs in FakeEngine.kwargs} == {512}
 
 
 def test_an_interruption_keeps_what_was_measured(target, monkeypatch, capsys):

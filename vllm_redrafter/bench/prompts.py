@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from vllm_redrafter.bench.errors import BenchError
 from vllm_redrafter.bench.models import Target
 from vllm_redrafter.demo.prompts import TEXTS, random_token_ids, spread
 from vllm_redrafter.training.prompts import ChatTokens, read_prompts
@@ -58,6 +59,34 @@ def load_sets(
     if file is not None:
         return [_from_file(file, count, target, raw)]
     return [_named(name, count, target, raw) for name in dict.fromkeys(names)]
+
+
+def that_fit(asked: PromptSet, max_tokens: int, context: int | None) -> PromptSet:
+    """The prompts that the target has room for, with their answers; a remark counts the others.
+
+    Args:
+        context: the target's longest sequence; None where its config does not say it.
+
+    Raises:
+        BenchError: no prompt is left.
+    """
+    fit = [i for i, ids in enumerate(asked.token_ids)
+           if context is None or len(ids) + max_tokens <= context]  # fmt: skip
+    if not fit:
+        raise BenchError(
+            f"no prompt of {asked.name} fits with an answer of {max_tokens} tokens into the "
+            f"target's {context}; give shorter prompts or a smaller --max-tokens."
+        )
+    if len(fit) == len(asked.token_ids):
+        return asked
+    left_out = len(asked.token_ids) - len(fit)
+    return replace(
+        asked,
+        token_ids=[asked.token_ids[i] for i in fit],
+        categories=[asked.categories[i] for i in fit] if asked.categories else [],
+        remarks=[*asked.remarks, f"{left_out} prompts of {asked.name} were left out: with their "
+                 f"answers they are longer than the target's {context} tokens."],
+    )  # fmt: skip
 
 
 def _named(name: str, count: int, target: Target, raw: bool) -> PromptSet:

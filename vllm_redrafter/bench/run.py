@@ -29,7 +29,7 @@ from vllm_redrafter.bench.models import (
     on_gpu,
 )
 from vllm_redrafter.bench.progress import Work, in_words, planned
-from vllm_redrafter.bench.prompts import RANDOM_TEMPERATURE, PromptSet, load_sets
+from vllm_redrafter.bench.prompts import RANDOM_TEMPERATURE, PromptSet, load_sets, that_fit
 from vllm_redrafter.bench.recommend import recommend
 from vllm_redrafter.training.evaluate import parse_settings
 from vllm_redrafter.training.files import make_directory, write_atomic, write_json
@@ -134,9 +134,9 @@ class _Bench:
         self.variants = all_variants(options)
         self.servers = chosen_servers(options, self.variants)
         make_directory(options.out)
-        self.sets = load_sets(
-            options.sets, options.prompts, options.count, self.target, options.raw
-        )
+        loaded = load_sets(options.sets, options.prompts, options.count, self.target, options.raw)
+        self.context = self.target.config.get("max_position_embeddings")
+        self.sets = [that_fit(one, options.max_tokens, self.context) for one in loaded]
         self.batches = self._batches()
         self.rates = self._rates() if options.rates else None
         self.report = self._report()
@@ -231,7 +231,9 @@ class _Bench:
             max_tokens=options.max_tokens,
             rounds=options.rounds,
             num_threads=default_threads(),
-            max_model_len=context_length(prompts, options.max_tokens),
+            max_model_len=min(
+                context_length(prompts, options.max_tokens), self.context or 1 << 30
+            ),
             kv_cache_bytes=kv_cache_bytes,
             enforce_eager=not compiled,
             llm_kwargs={**shared, **options.engine},
@@ -326,8 +328,8 @@ def all_variants(options: BenchOptions) -> dict[str, dict[str, Any]]:
     unknown = [name for name in options.variants if name not in known]
     if unknown:
         raise BenchError(
-            f"--variants has {unknown[0]!r}; known are {', '.join(known)}, and others can be "
-            "given with --also NAME=JSON."
+            f"--variants has {unknown[0]!r}; give some of {', '.join(known)}, and others with "
+            "--also NAME=JSON."
         )
     found = {name: known[name] for name in options.variants}
     for one in parse_settings(options.settings):
@@ -355,7 +357,7 @@ def chosen_servers(
     unknown = [name for name in names if name not in variants]
     if options.rates and unknown:
         raise BenchError(
-            f"--servers has {unknown[0]!r}, which is not measured here; known are "
+            f"--servers has {unknown[0]!r}, which is not measured here; give some of "
             f"{', '.join(variants)}."
         )
     return {kinds.PLAIN: None, **{name: variants[name] for name in names if name in variants}}
