@@ -163,6 +163,30 @@ def test_no_path_of_an_installation_is_reported(target):
     assert str(kinds.BUNDLED_DRAFTER) in report["recommendation"]["flag"]
 
 
+def test_starts_count_in_the_time_that_is_left(target, monkeypatch):
+    """Two engines of 100 s each are up when the first call of 5 s runs, and two are to come."""
+    clock, left = [0.0], []
+
+    def spend(seconds, result):
+        clock[0] += seconds
+        return result
+
+    real = FakeEngine.generate
+    monkeypatch.setattr(FakeEngine, "wait_ready", lambda self: spend(100, 1.0))
+    monkeypatch.setattr(FakeEngine, "generate", lambda *args: spend(5, real(*args)))
+    for module in (batches_module, compare_module, run_module):
+        monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    options = BenchOptions(
+        str(target), target / "out", sets=("quoting",), count=2, rounds=1, batch_sizes=(1,),
+        variants=("redrafter", "ngram"), at_once=2,
+    )  # fmt: skip
+    run = run_module._Bench(options, lambda *news: left.append(news[1:]))
+    run.work.clock = lambda: clock[0]
+    run.run()
+    first = next(news for news in left if news[0] == 1)
+    assert first == (1, 8, "about 4 min left")  # 7 calls of 5 s, and 200 s
+
+
 def test_no_more_engines_than_fit(target):
     cli.main(command(target, "--count", "1", "--batch-sizes", "1", "--at-once", "3"))
     assert FakeEngine.most_alive == 3 and not FakeEngine.alive

@@ -16,7 +16,6 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -98,51 +97,46 @@ def measure_rates(
     Raises:
         EngineFailed: a server did not start, or did not answer.
     """
-    with asyncio.Runner() as runner, tempfile.TemporaryDirectory(prefix="redrafter-bench-") as logs:
-        with _servers(what, Path(logs)) as servers:
-            session = runner.run(_started(what, servers, report))
-            try:
-                for number, rate in enumerate(what.rates):
-                    if number and end is not None and time.monotonic() > end:
-                        return
-                    yield runner.run(_one_rate(what, rate, servers, session, report))
-            except aiohttp.ClientError as error:
-                raise EngineFailed(f"a server did not answer: {error}") from error
-            finally:
-                runner.run(session.close())
-
-
-@contextmanager
-def _servers(what: Rates, logs: Path) -> Iterator[dict[str, Server]]:
     servers: dict[str, Server] = {}
-    try:
-        for name, config in what.variants.items():
-            servers[name] = Server(
-                logs / f"{len(servers)}.log", what.target, config, what.settings, what.max_num_seqs
-            )
-        yield servers
-    finally:
-        for server in servers.values():
-            server.stop()
+    with asyncio.Runner() as runner, tempfile.TemporaryDirectory(prefix="redrafter-bench-") as logs:
+        session = runner.run(_client())
+        try:
+            runner.run(_start(what, servers, Path(logs), session, report))
+            for number, rate in enumerate(what.rates):
+                if number and end is not None and time.monotonic() > end:
+                    return
+                yield runner.run(_one_rate(what, rate, servers, session, report))
+        except aiohttp.ClientError as error:
+            raise EngineFailed(f"a server did not answer: {error}") from error
+        finally:
+            runner.run(session.close())
+            for server in servers.values():
+                server.stop()
 
 
-async def _started(
-    what: Rates, servers: Mapping[str, Server], report: Callable[[str], None]
-) -> aiohttp.ClientSession:
-    """A client of servers that all answer and are warm."""
-    session = aiohttp.ClientSession(
+async def _client() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
         timeout=aiohttp.ClientTimeout(total=1800), connector=aiohttp.TCPConnector(limit=0)
     )
-    try:
-        for name, server in servers.items():
-            report(f"starting the server of {name}")
-            await server.ready(session)
-            for prompt in what.prompts[:WARM_UP]:
-                await ask(session, server.url, prompt, what.settings, 0.0)
-    except BaseException:
-        await session.close()
-        raise
-    return session
+
+
+async def _start(
+    what: Rates, servers: dict[str, Server], logs: Path, session: aiohttp.ClientSession,
+    report: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Start one server after the other, because ReDrafter times the machine meanwhile; warm them.
+
+    Args:
+        servers: gets each one at once, so that it can be stopped whatever happens.
+    """
+    for name, config in what.variants.items():
+        report(f"starting the server of {name}")
+        server = servers[name] = Server(
+            logs / f"{len(servers)}.log", what.target, config, what.settings, what.max_num_seqs
+        )
+        await server.ready(session)
+        for prompt in what.prompts[:WARM_UP]:
+            await ask(session, server.url, prompt, what.settings, 0.0)
 
 
 async def _one_rate(

@@ -126,7 +126,7 @@ class _Bench:
     """One run."""
 
     def __init__(self, options: BenchOptions, show: Show) -> None:
-        self.options, self._show = options, show
+        self.options, self._show, self._starting = options, show, False
         began = time.monotonic()
         self.end = None if options.minutes is None else began + 60 * options.minutes
         self.target = locate_target(options.target)
@@ -172,6 +172,7 @@ class _Bench:
             base = before.get((asked.name, size), 0)
 
             def ran(done: int, total: int, what: str) -> None:
+                self._is_up()
                 # The last report of a comparison says that all is done, also when time was up.
                 if what != "done":
                     self.work.ran(asked.name, size, base + done)
@@ -179,11 +180,7 @@ class _Bench:
 
             return ran
 
-        def starting(text: str) -> None:
-            self.work.begin()
-            self._tell(text)
-
-        for asked, size, result in measure(self.batches, end, progress, starting):
+        for asked, size, result in measure(self.batches, end, progress, self._start):
             key = (asked.name, size)
             before[key] = before.get(key, 0) + len(result.runs)
             self.work.ran(asked.name, size, before[key])
@@ -195,12 +192,28 @@ class _Bench:
         from vllm_redrafter.bench.rates import measure_rates
 
         assert self.rates is not None
-        for row in measure_rates(self.rates, self.end, self._tell):
+        def report(text: str) -> None:
+            self._is_up()
+            (self._start if text.startswith("starting") else self._tell)(text)
+
+        for row in measure_rates(self.rates, self.end, report):
             once = self.rates.count(row["rate"]) / row["rate"]
             self.work.served(once * self.options.rounds * len(self.servers))
             row |= {"set": self.sets[0].name, "rounds": self.options.rounds}
             self.report["rates"].append(row)
             self._write()
+
+    def _start(self, text: str) -> None:
+        """An engine or a server is being started, and what was started before it is up."""
+        self._is_up()
+        self.work.begin()
+        self._starting = True
+        self._tell(text)
+
+    def _is_up(self) -> None:
+        if self._starting:
+            self.work.started()
+        self._starting = False
 
     def _tell(self, text: str) -> None:
         left = in_words(self.work.seconds_left())
