@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from unittest import mock
 
+from engine_cases.kept import end_together
+
 from engine_v1.oracle import Oracle
 from engine_v1.tiny_target import EOS
 from vllm_redrafter.engine.metrics import ReDrafterStats
@@ -106,6 +108,7 @@ class Engine:
 
 # Destroying one engine tears down the process groups that all of them share: none ever is.
 _ENGINES: dict[tuple[tuple[str, str], ...], Engine] = {}
+end_together(_ENGINES)
 
 
 def engine(model: Any, drafter: Any = None, **settings: Any) -> Engine:

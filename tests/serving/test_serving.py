@@ -107,12 +107,22 @@ def drafted(server):
     }
 
 
+def runner_of(servers):
+    return "v2" if V2_LOG in servers[1].log.read_text() else "v1"
+
+
+def few(servers, count):
+    """So many, or half of them in Triton's interpreter, where every token takes long."""
+    return count if runner_of(servers) == "v1" else count // 2
+
+
 def test_greedy_answers_are_equal(servers):
     plain, ours = servers
-    before = drafted(ours)
-    tokens, events = compare(plain, ours, [completion(prompt) for prompt in prompts(8)])
-    assert len(set(map(tuple, tokens))) > 4
-    assert max(map(len, tokens)) == 48
+    before, asked, length = drafted(ours), few(servers, 8), few(servers, 48)
+    bodies = [completion(prompt, max_tokens=length) for prompt in prompts(asked)]
+    tokens, events = compare(plain, ours, bodies)
+    assert len(set(map(tuple, tokens))) > asked // 2
+    assert max(map(len, tokens)) == length
     after = drafted(ours)
     for name in ("drafts", "draft_tokens", "accepted_tokens"):
         assert after[name] > before[name]
@@ -123,8 +133,8 @@ def test_greedy_answers_are_equal(servers):
 
 def test_logprobs_are_equal(servers):
     plain, ours = servers
-    for prompt in prompts(4):
-        body = completion(prompt, logprobs=3)
+    for prompt in prompts(few(servers, 4)):
+        body = completion(prompt, logprobs=3, max_tokens=few(servers, 48))
         expected, answer = choice(plain, body), choice(ours, body)
         assert answer["token_ids"] == expected["token_ids"]
         ours_rows, plain_rows = answer["logprobs"], expected["logprobs"]
@@ -137,14 +147,18 @@ def test_logprobs_are_equal(servers):
 
 def test_seeded_answers_are_equal(servers):
     plain, ours = servers
-    for seed, prompt in enumerate(prompts(4)):
-        body = completion(prompt, temperature=0.8, top_p=0.95, seed=seed)
+    for seed, prompt in enumerate(prompts(few(servers, 4))):
+        body = completion(
+            prompt, temperature=0.8, top_p=0.95, seed=seed, max_tokens=few(servers, 48)
+        )
         assert choice(ours, body)["token_ids"] == choice(plain, body)["token_ids"]
 
 
 def test_several_choices_and_stop(servers):
     plain, ours = servers
-    body = completion(prompts(1)[0], n=3, temperature=1.0, seed=11, stop=["e", "t"])
+    body = completion(
+        prompts(1)[0], n=3, temperature=1.0, seed=11, stop=["e", "t"], max_tokens=few(servers, 48)
+    )
     expected = plain.post("/v1/completions", body)["choices"]
     answers = ours.post("/v1/completions", body)["choices"]
     assert len(answers) == 3
@@ -165,9 +179,6 @@ def ask_for_parameters(servers, asked):
         assert answer == want, (name, body)
     assert drafted(servers[1])["drafts"] > before["drafts"]
 
-
-def runner_of(servers):
-    return "v2" if V2_LOG in servers[1].log.read_text() else "v1"
 
 
 def test_special_sampling_parameters(servers):

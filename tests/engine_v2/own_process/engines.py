@@ -7,6 +7,7 @@ import types
 from dataclasses import dataclass
 
 import torch
+from engine_cases.kept import end_together
 from engine_v1 import engines as v1
 from engine_v1.oracle import Oracle, request_tree
 
@@ -23,6 +24,7 @@ HYBRID = {
 DRAFTER_ALONE = HYBRID | {"spec_prompt_lookup": False}
 
 _ENGINES: dict = {}
+end_together(_ENGINES)
 
 
 class Engine:

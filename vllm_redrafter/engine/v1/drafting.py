@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_redrafter.budget.costs import NO_DRAFT, DraftShape
+from vllm_redrafter.budget.doubt import Doubt
 from vllm_redrafter.budget.model import CostModel
 from vllm_redrafter.budget.planner import ENOUGH, DraftPlanner, draft_shapes
 from vllm_redrafter.budget.policy import choose
@@ -32,10 +33,6 @@ from vllm_redrafter.tree.candidates import FROM_LOOKUP, SOURCE_NAMES, Candidates
 
 # (hidden states [B, H], known tokens, kind) -> the drafted beams.
 Draft = Callable[[Tensor, list[int], DraftShape], Beams]
-
-# After so many steps without a node the cost of nodes counts less for once, so that a table that is
-# wrong does not stay unnoticed.
-DOUBT_AFTER, DOUBT = 64, 0.7
 
 # After so many looks in a row without an accepted token, only every so many steps have one: looking
 # takes time too.
@@ -99,7 +96,7 @@ class Drafting:
         self.trust = {"drafter": Trust(), "lookup": Trust()}
         self._planner = None
         self._mean_context = 0.0
-        self._without_nodes = 0
+        self._doubt = Doubt()
         self._in_vain = 0
         self._full_drafts = 0
         self._step = 0
@@ -192,12 +189,9 @@ class Drafting:
         probabilities = self._trusted(given, candidates)
         batch = len(given.requests)
         most = min(max(0, given.most_rows - batch), probabilities.size)
-        seconds = self._step_seconds(batch, most)
-        if self._without_nodes >= DOUBT_AFTER:
-            seconds = seconds[0] + DOUBT * (seconds - seconds[0])
+        seconds = self._doubt.seconds(self._step_seconds(batch, most))
         choice = choose(probabilities, seconds, self.costs.draft(shape, batch))
-        self._without_nodes = 0 if choice.counts.any() else self._without_nodes + 1
-        return choice.counts
+        return self._doubt.counts(choice)
 
     def _trusted(
         self, given: DraftInput, candidates: Candidates, tries: bool = True
