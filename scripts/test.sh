@@ -4,7 +4,7 @@
 # a -m of yours replaces the default one.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-"$root/scripts/install.sh" test train
+"$root/scripts/install.sh" test train docs
 cd "$root"
 unset PYTHONPATH PYTHONHOME
 exec "${VLLM_REDRAFTER_VENV:-$root/.venv}/bin/python" -m pytest -q -m "not slow and not gpu" "$@"

@@ -31,7 +31,7 @@ from vllm_redrafter.bench.own_counters import (
     shares,
     totals,
 )
-from vllm_redrafter.demo import report
+from vllm_redrafter.bench import report
 from vllm_redrafter.tree.candidates import SOURCE_NAMES
 
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "data": "let the target answer prompts: the data that a drafter is trained on",
     "train": "train a drafter on the target's own answers",
     "eval": "replay recorded answers with a drafter: acceptance and predicted speed by setting",
+    "show": "what is drafted and accepted for one prompt, step by step, as trees",
     "calibrate": "measure what steps and drafts cost here, for the node budget",
     "convert": "rewrite pickled or differently named drafter weights as safetensors",
     "doctor": "check this installation and say what to do",

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_redrafter.bench.engine_process import EngineFailed
     from vllm_redrafter.bench.engines import Settings, context_length
     from vllm_redrafter.demo import prompts as mt_bench
-    from vllm_redrafter.demo import report
+    from vllm_redrafter.bench import report
     from vllm_redrafter.demo.fetch import FetchError
     from vllm_redrafter.demo.target import smollm2
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `scripts/serve.sh` sets before it starts `vllm serve`, as lines for a shell.
 
-python -m vllm_redrafter.demo.serve_settings [TARGET DRAFTER_DIR]
+python -m vllm_redrafter.bench.serve_settings [TARGET DRAFTER_DIR]
 """
 
 import json
