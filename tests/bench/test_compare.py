@@ -8,6 +8,7 @@ import pytest
 
 from vllm_redrafter.bench import compare as compare_module
 from vllm_redrafter.bench import engines as engines_module
+from vllm_redrafter.bench import report
 from vllm_redrafter.bench.compare import (
     Comparison,
     Equality,
@@ -31,7 +32,6 @@ from vllm_redrafter.bench.own_counters import (
     shares,
     totals,
 )
-from vllm_redrafter.bench import report
 from vllm_redrafter.tree.candidates import SOURCE_NAMES
 
 

@@ -61,11 +61,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 unless float32 outputs differ from plain vLLM's."""
     from rich.console import Console
 
+    from vllm_redrafter.bench import report
     from vllm_redrafter.bench.compare import compare
     from vllm_redrafter.bench.engine_process import EngineFailed
     from vllm_redrafter.bench.engines import Settings, context_length
     from vllm_redrafter.demo import prompts as mt_bench
-    from vllm_redrafter.bench import report
     from vllm_redrafter.demo.fetch import FetchError
     from vllm_redrafter.demo.target import smollm2
 
