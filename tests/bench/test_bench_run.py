@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -366,6 +367,16 @@ def test_an_engine_that_fails_is_one_sentence(target, monkeypatch, capsys):
     monkeypatch.setattr(FakeEngine, "wait_ready", fail)
     assert cli.main(command(target)) == 1
     assert capsys.readouterr().err == "error: engine 'plain': no memory\n"
+
+
+def test_a_package_that_is_missing_is_one_sentence(target, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    monkeypatch.delitem(sys.modules, "vllm_redrafter.bench.rates")
+    monkeypatch.delitem(sys.modules, "vllm_redrafter.bench.server", raising=False)
+    assert cli.main(command(target, "--rates", "1")) == 1
+    err = capsys.readouterr().err
+    assert err == "error: bench needs the package `aiohttp`: run `vllm-redrafter doctor`.\n"
+    assert not FakeEngine.kwargs
 
 
 def test_without_matplotlib_there_are_no_pictures(target, monkeypatch, capsys):

@@ -94,6 +94,7 @@ def step_time(axes: Any, report: Report) -> bool:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set_yticks(places, [label for label, _ in bars], fontsize=7)
     axes.invert_yaxis()
+    axes.figure.set_figheight(max(4.5, 0.22 * len(bars)))
     _finish(axes, "ms per step", None, "where a step's time goes (engine, batch size)")
     return bool(bars)
 

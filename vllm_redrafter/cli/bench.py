@@ -103,9 +103,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print table and recommendation; returns the exit code."""
     from vllm_redrafter.bench.errors import BenchError
-    from vllm_redrafter.bench.run import BenchOptions
     from vllm_redrafter.demo.fetch import FetchError
 
+    try:
+        from vllm_redrafter.bench.run import BenchOptions
+    except ImportError as error:
+        raise _missing(error) from error
     if args.drafter is None and args.target is not None:
         raise UserError(
             "DRAFTER is missing: give the target and its drafter, or neither for the ones of the "
@@ -150,6 +153,8 @@ def _bench(options: Any) -> int:
             report = bench(options, show)
     except known as error:
         raise UserError(str(error)) from error
+    except ImportError as error:
+        raise _missing(error) from error
     except KeyboardInterrupt:
         console.print(f"\ninterrupted; what was measured is in {options.out}/{MARKDOWN}")
         return 130
@@ -161,6 +166,10 @@ def _bench(options: Any) -> int:
         console.print(f"\n    vllm serve {options.target} {recommendation['flag']}\n")
     console.print(f"wrote {options.out}/{MARKDOWN}")
     return 0
+
+
+def _missing(error: ImportError) -> UserError:
+    return UserError(f"bench needs the package `{error.name}`: run `vllm-redrafter doctor`.")
 
 
 def _smollm2() -> str:
