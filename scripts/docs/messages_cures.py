@@ -61,6 +61,7 @@ CURES: dict[str, str] = {
     "baseline ... is not among the variants ...": "Name one of the variants.",
     "engine ...: ...": "Read the engine's last lines behind it; most often memory ran out or an option is wrong.",
     "engine ... is gone ...": "Read the engine's last lines behind it; most often memory ran out or an option is wrong.",
+    "nothing could be measured; ...": "Read the reason behind it, and name other --variants.",
     "a server did not start: ...": "Read the server's last lines behind it; most often memory ran out or an option is wrong.",
     "a server did not answer: ...": "Run it again with fewer --rates or a smaller --max-num-seqs; the reason stands behind it.",
     "turns must be non-empty strings": "Write turns that are not empty.",

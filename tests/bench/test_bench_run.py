@@ -369,6 +369,26 @@ def test_an_engine_that_fails_is_one_sentence(target, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: engine 'plain': no memory\n"
 
 
+def test_another_method_that_does_not_start_is_left_out(target, monkeypatch):
+    def ready(self):
+        if self.name in failing:
+            raise EngineFailed(f"engine {self.name!r}: not here")
+        return 1.0
+
+    failing = {"ngram"}
+    monkeypatch.setattr(FakeEngine, "wait_ready", ready)
+    argv = command(target, "--count", "1", "--batch-sizes", "1", "--at-once", "2", "--variants")
+    assert cli.main([*argv, "ngram", "redrafter"]) == 0
+    assert [list(result["variants"]) for result in read(target)["results"]] == [
+        ["plain", "redrafter"]]  # fmt: skip
+    assert read(target)["remarks"] == [
+        "vLLM's n-gram, 5 tokens was left out, because it does not start: engine 'ngram': not here"
+    ]
+    assert "was left out" in (target / "out" / "bench.md").read_text() and not FakeEngine.alive
+    failing.add("redrafter")  # what the command is for is not left out
+    assert cli.main([*argv, "ngram", "redrafter"]) == 1 and not FakeEngine.alive
+
+
 def test_a_package_that_is_missing_is_one_sentence(target, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     monkeypatch.delitem(sys.modules, "vllm_redrafter.bench.rates")

@@ -16,6 +16,7 @@ from vllm_redrafter.bench import variants as kinds
 from vllm_redrafter.bench.compare import Comparison, Progress, compare
 from vllm_redrafter.bench.engines import Engines, Settings
 from vllm_redrafter.bench.prompts import PromptSet
+from vllm_redrafter.options import is_method
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def measure(
     end: float | None = None,
     report: Callable[[int, PromptSet], Progress] = lambda size, asked: lambda *progress: None,
     starting: Callable[[str], None] = lambda text: None,
+    failed: Callable[[str, str], None] = lambda variant, why: None,
 ) -> Iterator[tuple[PromptSet, int, Comparison]]:
     """A set, a batch size and their comparison; several where not all engines fit together.
 
@@ -68,6 +70,8 @@ def measure(
             equally among what is left to do.
         report: gives the progress callback of one comparison.
         starting: called with what is started.
+        failed: called with a variant of another method than ReDrafter that does not start here,
+            and what it said: vLLM has not every method for every platform and target.
 
     Raises:
         EngineFailed: an engine did not start or died.
@@ -78,13 +82,22 @@ def measure(
         for sizes in [[size] for size in what.batch_sizes] if what.queue else [what.batch_sizes]:
             if is_over(end):
                 return
-            with Engines(what.target, part, what.settings, max(sizes), starting) as engines:
+            others = [n for n, config in part.items()
+                      if config and not is_method(config.get("method"))]  # fmt: skip
+            with Engines(
+                what.target, part, what.settings, max(sizes), starting, others
+            ) as engines:
+                for name, why in engines.failed.items():
+                    failed(name, why)
+                running = {n: config for n, config in part.items() if n not in engines.failed}
+                if len(running) == 1:
+                    continue
                 for size, asked in ((s, a) for s in sizes for a in what.sets):
                     if is_over(end):
                         return
                     prompts, settings = arranged(what, asked, size)
                     yield asked, size, compare(
-                        what.target, part, prompts, settings,
+                        what.target, running, prompts, settings,
                         progress=report(size, asked), engines=engines,
                         deadline=None if end is None
                         else time.monotonic() + (end - time.monotonic()) / left,

@@ -3,12 +3,12 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_redrafter.bench.engine_process import EngineProcess
+from vllm_redrafter.bench.engine_process import EngineFailed, EngineProcess
 from vllm_redrafter.bench.machine import physical_cores
 
 
@@ -117,6 +117,8 @@ class Engines:
         settings: what all variants share; the batch size may change while they run.
         max_num_seqs: the most requests that will ever run together.
         report: called with what is being done.
+        optional: variants without which the others run: one that does not start is in ``failed``,
+            with what it said, and is not to be used.
     """
 
     def __init__(
@@ -126,8 +128,11 @@ class Engines:
         settings: Settings,
         max_num_seqs: int,
         report: Callable[[str], None] = lambda what: None,
+        optional: Collection[str] = (),
     ) -> None:
         self.startup_seconds: dict[str, float] = {}
+        self.failed: dict[str, str] = {}
+        self._optional = optional
         self._report = report
         self._engines = {}
         for name, config in variants.items():
@@ -140,7 +145,13 @@ class Engines:
             for name, engine in self._engines.items():
                 self._report(f"starting {name}")
                 engine.start()
-                self.startup_seconds[name] = engine.wait_ready()
+                try:
+                    self.startup_seconds[name] = engine.wait_ready()
+                except EngineFailed as error:
+                    if name not in self._optional:
+                        raise
+                    engine.stop()
+                    self.failed[name] = str(error)
         except BaseException:
             self._stop()
             raise
@@ -154,7 +165,8 @@ class Engines:
 
     def peak_rss_bytes(self) -> dict[str, int]:
         """Highest resident memory of every engine's process so far."""
-        return {name: engine.peak_rss_bytes() for name, engine in self._engines.items()}
+        running = {n: one for n, one in self._engines.items() if n not in self.failed}
+        return {name: engine.peak_rss_bytes() for name, engine in running.items()}
 
     def _stop(self) -> None:
         for engine in self._engines.values():

@@ -157,6 +157,8 @@ class _Bench:
             if self.report["results"] or self.report["rates"]:
                 self._write(pictures=True)
         if not (self.report["results"] or self.report["rates"]):
+            if self.report["remarks"]:
+                raise BenchError(f"nothing could be measured; {self.report['remarks'][-1]}")
             raise BenchError("the time was up before anything ran; raise --minutes.")
         return {**self.report, "recommendation": recommend(self.report, self.variants)}
 
@@ -180,7 +182,13 @@ class _Bench:
 
             return ran
 
-        for asked, size, result in measure(self.batches, end, progress, self._start):
+        def failed(variant: str, why: str) -> None:
+            text = f"{label_of(variant)} was left out, because it does not start: {why}"
+            text = " ".join(text.split())[:600]
+            if text not in self.report["remarks"]:
+                self.report["remarks"].append(text)
+
+        for asked, size, result in measure(self.batches, end, progress, self._start, failed):
             key = (asked.name, size)
             before[key] = before.get(key, 0) + len(result.runs)
             self.work.ran(asked.name, size, before[key])
