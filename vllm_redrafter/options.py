@@ -31,6 +31,8 @@ BUDGETS = ("auto", "fixed")
 MOST_BEAMS = 64
 MOST_DRAFT_LENGTH = 64
 MOST_LOOKUP_TOKENS = 256
+# Merging more takes time, and what is behind so many is no likely chain.
+MOST_CHAIN_PATHS = 128
 # Counts go to the operators as int32 or int64, and no vocabulary is larger.
 MOST_TOP_K = 2**31 - 1
 
@@ -84,6 +86,15 @@ class ReDrafterOptions:
             deepest = max(deepest, self.prompt_lookup_num_tokens)
         return min(deepest, self.num_speculative_tokens)
 
+    @property
+    def chain_paths(self) -> int:
+        """Among how many of the likeliest nodes a chain is chosen: the likeliest few may hold a
+        short one."""
+        paths = self.beam_width * self.draft_length
+        if self.prompt_lookup:
+            paths += MAX_CHAINS * self.prompt_lookup_num_tokens
+        return min(paths, MOST_CHAIN_PATHS)
+
     def nodes_for(self, batch_size: int) -> int:
         """How many nodes each of ``batch_size`` running requests may draft."""
         nodes = self.num_speculative_tokens
@@ -98,6 +109,20 @@ class ReDrafterOptions:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def for_chains(options: ReDrafterOptions, chosen: bool, keeps_states: bool) -> ReDrafterOptions:
+    """The options of a target that has chains verified: no more nodes than a chain can have.
+
+    Args:
+        chosen: the user gave ``num_speculative_tokens``.
+        keeps_states: every node has the target keep a state of its layers; then there are as many
+            as the drafter drafts along a path, unless more were asked for.
+    """
+    most = options.draft_length if keeps_states and not chosen else options.max_depth
+    return dataclasses.replace(
+        options, num_speculative_tokens=min(options.num_speculative_tokens, most)
+    )
 
 
 SCHEDULE = "num_speculative_tokens_per_batch_size"

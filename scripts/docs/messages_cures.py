@@ -3,10 +3,6 @@
 """Cures of the sentences that hold none themselves, by the sentence."""
 
 CURES: dict[str, str] = {
-    "ReDrafter does not support MLA models (...); ...": "Use a decoder-only target with plain attention and one position per token, or leave ReDrafter out; the sentence goes on with the same.",
-    "ReDrafter does not support models with recurrent layers such as Mamba (...); ...": "Use a decoder-only target with plain attention and one position per token, or leave ReDrafter out; the sentence goes on with the same.",
-    "ReDrafter does not support encoder-decoder models (...); ...": "Use a decoder-only target with plain attention and one position per token, or leave ReDrafter out; the sentence goes on with the same.",
-    "ReDrafter does not support multi-dimensional rotary positions (...); ...": "Use a decoder-only target with plain attention and one position per token, or leave ReDrafter out; the sentence goes on with the same.",
     "speculative_config with method 'redrafter' needs 'model', the drafter's directory.": "Add the key `model` with the drafter's directory or its name on the hub.",
     "the KV cache layout of this vLLM build is not a permutation of rows": "Run `vllm-redrafter doctor`, install a tested version of vLLM, and report it.",
     "'...' is a drafter, not a target, and its target '...' was not found here or beside it: ...": "Give the target as the model to serve, and the drafter in `speculative_config`.",

@@ -6,7 +6,6 @@ python scripts/docs/support.py
 
 from __future__ import annotations
 
-import ast
 import sys
 from pathlib import Path
 
@@ -15,19 +14,16 @@ PAGE = ROOT / "docs" / "support.md"
 sys.path.insert(0, str(ROOT / "tests"))
 
 
-def literal_keys(path: str, name: str) -> list[str]:
-    """The keys of a dictionary in a test's source, which is not imported: it needs vLLM."""
-    for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
-        targets = getattr(node, "targets", [getattr(node, "target", None)])
-        if any(isinstance(t, ast.Name) and t.id == name for t in targets):
-            return [ast.literal_eval(key) for key in node.value.keys]
-    raise SystemExit(f"{path} has no {name}")
+def _drafted(shape: str) -> str:
+    """Of a parameter: all answers are exact, whatever is drafted."""
+    return {"tree": "exact, tree", "chain": "exact, chain"}.get(shape, f"exact, {shape}")
 
 
 def page() -> str:
     """The page's text."""
     sys.path.insert(0, str(ROOT / "tests" / "engine_cases"))
     from settings import CACHE, SCHEDULER, SPECULATIVE
+    from support_table import KINDS, PARAMETERS, TARGETS
 
     from vllm_redrafter.engine.compat import TESTED_VLLM
 
@@ -35,9 +31,22 @@ def page() -> str:
     lines += [
         f"| {v} | {', '.join(r.upper() for r in runners)} |" for v, runners in TESTED_VLLM.items()
     ]
-    windows = literal_keys("tests/engine_cases/windows.py", "FAMILIES")
-    scaled = literal_keys("tests/engine_cases/targets.py", "SCALED")
-    lines += [TARGETS.format(windows=", ".join(windows), scaled=", ".join(scaled))]
+    lines += [INTRODUCTION_OF_TARGETS]
+    lines += [
+        f"| {name} | {row.cpu} | {row.cuda} | {row.compared or 'no'} |"
+        for name, row in TARGETS.items()
+    ]
+    lines += [INTRODUCTION_OF_PARAMETERS]
+    lines += [
+        f"| `{name}` | {_drafted(row.v1)} | {_drafted(row.v2)} |"
+        for name, row in PARAMETERS.items()
+    ]
+    lines += [INTRODUCTION_OF_KINDS]
+    lines += [
+        f"| {name} | {_drafted(row.v1)} | {_drafted(row.v2)} | {row.held_by} |"
+        for name, row in KINDS.items()
+    ]
+    lines += [INTRODUCTION_OF_SETTINGS]
     for title, table in (
         ("Scheduler", SCHEDULER),
         ("Cache", CACHE),
@@ -64,18 +73,37 @@ Made by `python scripts/docs/support.py` from `TESTED_VLLM` in
 | version | model runners an engine was run with |
 | --- | --- |"""
 
-TARGETS = """
+INTRODUCTION_OF_TARGETS = """
 V2 has not been run on a GPU: its logic is tested on CPUs, under Triton's interpreter.
 
 ## Targets
 
-Compared with plain vLLM on tiny random models, float32.
+From `tests/engine_cases/support_table.py`, with vLLM 0.32.0; `engine_errors/test_target_shape.py`
+holds every cell. *Tree*: the whole draft is verified. *Chain*: its best path, as vLLM verifies its
+own drafts. *Refused*: the engine does not start, and says why. The start-up line and
+`vllm-redrafter doctor --target DIR` say which of them a target gets, and why. Compared: answers of
+tiny random models were equal to plain vLLM's, token for token, with accepted drafts.
 
-* Sliding windows or sinks, on V1: {windows}. On V2: mistral, gemma2 (`v2_windows.py`).
-* Scaled embeddings or logits, on V1 and V2: {scaled}.
+| `model_type` | V1, on CPUs | V2, on GPUs | compared on |
+| --- | --- | --- | --- |"""
 
+INTRODUCTION_OF_PARAMETERS = """
 The rest is in the README's [limits](../README.md#limits).
 
+## Parameters of requests
+
+From the same file; `engine_v1/test_support.py` and `engine_v2/own_process/v2_support.py` ask the
+engines for all of them at once, compare the answers with plain vLLM's and look at what was
+verified. On targets that get chains every tree is a chain.
+
+| parameter | V1 | V2 |
+| --- | --- | --- |"""
+
+INTRODUCTION_OF_KINDS = """
+| requests with | V1 | V2 | held by |
+| --- | --- | --- | --- |"""
+
+INTRODUCTION_OF_SETTINGS = """
 ## Settings of vLLM
 
 From `tests/engine_cases/settings.py`, whose entries `engine_v1/test_settings.py` and

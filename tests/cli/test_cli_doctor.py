@@ -6,6 +6,7 @@ import sys
 from importlib import metadata
 
 import pytest
+import tiny_models
 
 from vllm_redrafter import cli, ops
 from vllm_redrafter.cli import doctor
@@ -44,6 +45,25 @@ def test_all_well(healthy, capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "OK: ReDrafter is ready to use." in out and "PROBLEM" not in out
+
+
+def test_what_a_target_gets(healthy, tmp_path, capsys):
+    llama = tiny_models.write_hf_config(tmp_path / "llama")
+    assert cli.main(["doctor", "--target", str(llama)]) == 0
+    assert "target: gets trees on Model Runner V1" in capsys.readouterr().out
+    mamba = tiny_models.write_hf_config(
+        tmp_path / "mamba", architectures=["MambaForCausalLM"], model_type="mamba",
+        time_step_rank=4, state_size=16, conv_kernel=4, expand=2,
+    )  # fmt: skip
+    assert cli.main(["doctor", "--target", str(mamba)]) == 1
+    out = capsys.readouterr().out
+    assert "target: refused on Model Runner V1: ReDrafter does not support Mamba 1 layers" in out
+    assert "-> use a decoder-only target" in out
+
+
+def test_a_target_that_is_not_there(healthy, tmp_path, capsys):
+    assert cli.main(["doctor", "--target", str(tmp_path / "nothing")]) == 1
+    assert "target: the check failed:" in capsys.readouterr().out
 
 
 def test_a_moved_internal_of_vllm(healthy, monkeypatch, capsys):

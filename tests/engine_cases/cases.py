@@ -380,7 +380,6 @@ CASES = [
         ],
         oracle={"chain_first": True, "vocab": LETTERS},
         moves=0,
-        fallbacks_v1=frozenset({GRAMMAR}),
         fallbacks_v2=frozenset({GRAMMAR}),
         shows=grammars_hold,
     ),
@@ -450,7 +449,6 @@ CASES = [
         "sixty-of-mixed-kinds",
         *mixed(60),
         accepted=0.3,
-        fallbacks_v1=frozenset({GRAMMAR}),
         fallbacks_v2=frozenset({GRAMMAR, PENALTIES, BAD_WORDS}),
     ),
 ]

@@ -8,6 +8,10 @@ import tiny_models
 
 from vllm_redrafter.engine import checks, compat
 from vllm_redrafter.engine.checks import UnsupportedError
+from vllm_redrafter.engine.engine_args import options_of
+from vllm_redrafter.engine.target_shape import Shape, TargetShape, shape_of, shape_of_model
+
+TREES = TargetShape(Shape.TREE)
 
 
 @pytest.fixture
@@ -23,16 +27,16 @@ def message(engine_config):
 
 
 @pytest.mark.parametrize(
-    "field, feature",
+    "field, feature, why",
     [
-        ("pipeline_parallel_size", "pipeline parallelism"),
-        ("decode_context_parallel_size", "decode context parallelism"),
-        ("prefill_context_parallel_size", "prefill context parallelism"),
+        ("pipeline_parallel_size", "pipeline parallelism", "a rank before the last"),
+        ("decode_context_parallel_size", "decode context parallelism", "a rank then holds some"),
+        ("prefill_context_parallel_size", "prefill context parallelism", "a rank then holds some"),
     ],
 )
-def test_parallel_sizes(message, field, feature):
+def test_parallel_sizes(message, field, feature, why):
     text = message(tensor_parallel_size=2, **{field: 2})
-    assert f"does not support {feature} ({field}=2); set it to 1" in text
+    assert f"does not support {feature} ({field}=2): {why}" in text and "; set it to 1." in text
 
 
 @pytest.mark.parametrize(
@@ -45,6 +49,12 @@ def test_parallel_sizes(message, field, feature):
 def test_parallel_modes(message, field, feature):
     text = message(tensor_parallel_size=2, **{field: True})
     assert f"does not support {feature}; leave {field} off" in text
+
+
+def test_experts_that_replicas_share(message):
+    text = message(enable_expert_parallel=True, data_parallel_size=2)
+    assert "expert parallelism with data parallelism (data_parallel_size=2)" in text
+    assert "leave enable_expert_parallel off and set data_parallel_size to 1." in text
 
 
 def test_tensor_parallel_is_no_obstacle(engine_config):
@@ -146,9 +156,9 @@ def model_of(target, **fields):
 
 def test_chunked_local_attention(target):
     """Llama 4: the engine died at the first context of two chunks."""
-    with pytest.raises(UnsupportedError) as raised:
-        checks._check_model(model_of(target, attention_chunk_size=128))
-    assert str(raised.value) == (
+    shape = shape_of_model(model_of(target, attention_chunk_size=128), cpu=True)
+    assert shape.shape is Shape.REFUSED
+    assert shape.why == (
         "ReDrafter does not support chunked local attention (LlamaForCausalLM) over contexts of "
         "more than one chunk, and max_model_len is 512; set it to 128 or less."
     )
@@ -156,7 +166,7 @@ def test_chunked_local_attention(target):
 
 @pytest.mark.parametrize("chunk", [None, 512, 8192])
 def test_contexts_of_one_chunk_are_no_obstacle(target, chunk):
-    checks._check_model(model_of(target, attention_chunk_size=chunk))
+    assert shape_of_model(model_of(target, attention_chunk_size=chunk), cpu=True) == TREES
 
 
 def test_another_platform(message, monkeypatch):
@@ -213,24 +223,18 @@ def test_pooling_runner(message):
 # Only config.json is needed: the refusal comes before weights are looked for. vLLM inspects every
 # architecture once in a process of its own (about 10 s, cached afterwards), so the wider list is
 # slow.
-MLA = {
-    "model_type": "deepseek_v3", "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "first_k_dense_replace": 1,
-}  # fmt: skip
-RECURRENT, ENCODER = "recurrent layers", "encoder-decoder"
+ENCODER = "encoder-decoder models"
 MAMBA = {"state_size": 16, "conv_kernel": 4, "expand": 2}
 QWEN2 = {"model_type": "qwen2", "sliding_window": 128}
 MODELS = [
-    ("MambaForCausalLM", RECURRENT, {"model_type": "mamba", "time_step_rank": 4, **MAMBA}),
+    ("MambaForCausalLM", "Mamba 1 layers", {"model_type": "mamba", "time_step_rank": 4, **MAMBA}),
     ("BartForConditionalGeneration", ENCODER,
      {"model_type": "bart", "d_model": 64, "is_encoder_decoder": True}),
-    ("DeepseekV3ForCausalLM", "MLA models", MLA),
 ]  # fmt: skip
 MORE_MODELS = [
-    ("JambaForCausalLM", RECURRENT, {"model_type": "jamba"}),
-    ("FalconH1ForCausalLM", RECURRENT, {"model_type": "falcon_h1"}),
-    ("Qwen3NextForCausalLM", RECURRENT, {"model_type": "qwen3_next"}),
+    ("JambaForCausalLM", "Mamba 1 layers", {"model_type": "jamba"}),
+    ("FalconH1ForCausalLM", "Mamba 2 layers", {"model_type": "falcon_h1"}),
+    ("Qwen3NextForCausalLM", "gated delta net layers", {"model_type": "qwen3_next"}),
     ("WhisperForConditionalGeneration", ENCODER,
      {"model_type": "whisper", "d_model": 64, "is_encoder_decoder": True}),
 ]  # fmt: skip
@@ -244,9 +248,21 @@ MORE_MODELS = [
 def test_unsupported_model(message, tmp_path, architecture, feature, fields):
     model = tiny_models.write_hf_config(tmp_path / "model", architectures=[architecture], **fields)
     text = message(model=model)
-    assert f"does not support {feature}" in text or f"with {feature}" in text
-    assert f"({architecture})" in text
-    assert "use a decoder-only target with full or sliding-window attention in every" in text
+    assert f"does not support {feature} ({architecture})" in text
+    assert "; use a decoder-only target" in text
+
+
+def test_mla_is_no_obstacle(engine_config, tmp_path):
+    """It gets chains, no longer than the draft has tokens along a path."""
+    model = tiny_models.write_hf_config(
+        tmp_path / "model", architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3",
+        kv_lora_rank=32, q_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
+        n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1,
+    )  # fmt: skip
+    config = engine_config(model=model, options={"prompt_lookup_num_tokens": 7})
+    assert shape_of(config).shape is Shape.CHAIN
+    assert config.speculative_config.num_speculative_tokens == 7
+    assert options_of(config).num_speculative_tokens == 7
 
 
 class FakeAttention:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Structured outputs: a chain for the request that has a grammar, trees for its neighbours."""
+"""Structured outputs: trees, every node masked by the grammar behind its own path."""
 
-import dataclasses
 import json
 import re
 
@@ -9,10 +8,10 @@ import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from engine_v1 import oracle as oracle_module
 from engine_v1.engines import answers
 from engine_v1.tiny_target import prompts
-from vllm_redrafter.engine.v1.request_tree import RequestTree
+from vllm_redrafter.engine.v1.grammars import Grammars
+from vllm_redrafter.engine.v1.request_tree import chain
 
 REASON = "structured output (chain)"
 # How many characters were said decides what may follow: a mask of the wrong depth shows.
@@ -56,11 +55,10 @@ def test_grammar_requests_beside_tree_requests(pair, temperature):
         None,
     ]
     batch = [params(kinds[i % 8], temperature=temperature, seed=i) for i in range(24)]
-    run = pair.run(prompts(24), batch, chain_first=True, vocab=vocabulary(pair))
+    run = pair.run(prompts(24), batch, vocab=vocabulary(pair))
     run.assert_equal()
-    stats = pair.trees.stats
-    assert stats["fallbacks"][REASON] > 20
-    assert stats["acceptance_length"] > 2
+    run.assert_saw_trees()
+    assert REASON not in pair.trees.stats["fallbacks"]
     for i, output in enumerate(run.got):
         said = text(pair, output).removesuffix("<eos>")
         if kinds[i % 8] and "regex" in kinds[i % 8]:
@@ -80,8 +78,31 @@ def test_grammar_requests_of_one_prompt_token(pair):
         assert re.fullmatch(COUNTED, text(pair, output).removesuffix("<eos>"))
 
 
-def test_neighbours_keep_their_trees(pair):
-    """Per request, never per batch: moves happen while a grammar request runs beside."""
+def test_a_grammar_alone_has_trees(pair):
+    """Moves are of its own accepted paths: nobody else runs."""
+    batch = [params({"regex": COUNTED}, temperature=i % 2, seed=i) for i in range(8)]
+    run = pair.run(prompts(8), batch, vocab=vocabulary(pair))
+    run.assert_equal()
+    run.assert_saw_trees()
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_the_drafter_under_a_grammar(pair, temperature):
+    """The engine's own drafts, no oracle's: a random drafter, and what the grammar forces."""
+    kinds = [{"choice": ["positive answer", "negative answer"]}, {"json": SCHEMA}, None]
+    batch = [params(kinds[i % 3], temperature=temperature, seed=i) for i in range(9)]
+    pair.plain.reset()
+    expected = pair.plain.generate(prompts(9), batch)
+    pair.trees.reset()
+    assert answers(pair.trees.generate(prompts(9), batch)) == answers(expected)
+    stats = pair.trees.stats
+    assert stats["accepted_by_source"]["grammar"] > 20
+    assert REASON not in stats["fallbacks"] and not stats["draft_errors"]
+
+
+def test_a_chain_where_the_grammar_is_elsewhere(pair, monkeypatch):
+    """As with a scheduler in another process: vLLM cuts the first chain by itself."""
+    monkeypatch.setattr(Grammars, "seen", lambda *_: None)
     batch = [params({"regex": "[a-p]{80}"}, max_tokens=80), *[params(max_tokens=40)] * 5]
     run = pair.run(prompts(6), batch)
     run.assert_equal()
@@ -89,34 +110,30 @@ def test_neighbours_keep_their_trees(pair):
     assert pair.trees.stats["fallbacks"][REASON] > 5
 
 
-class UncutTree(RequestTree):
-    """A tree that the runner's fallback does not cut to its first chain."""
-
-    @property
-    def chain_length(self):
-        return len(self.tokens)
-
-    @property
-    def is_chain(self):
-        return self.parents == list(range(len(self.parents)))
-
-
-def test_control_trees_for_grammar_requests(pair, monkeypatch):
-    """Without the fallback the grammar runs along siblings as if they followed each other."""
-    honest = oracle_module.request_tree
-
-    def uncut(tokens, parents):
-        tree = honest(tokens, parents)
-        return UncutTree(**{f.name: getattr(tree, f.name) for f in dataclasses.fields(tree)})
-
+def differs(pair, seeds=8):
+    """Whether answers are wrong, and the grammar is broken, with some of the oracle's trees."""
     batch = [params({"regex": COUNTED}, temperature=0, seed=i) for i in range(8)]
     kwargs = {"vocab": vocabulary(pair), "chains": 0, "empty": 0}
-    pair.run(prompts(8), batch, **kwargs).assert_equal()
-    monkeypatch.setattr(oracle_module, "request_tree", uncut)
-    for seed in range(8):  # which trees meet which states is chance
+    for seed in range(seeds):  # which trees meet which states is chance
         run = pair.run(prompts(8), batch, seed=seed, **kwargs)
-        if answers(run.got) != answers(run.expected):
-            break
-    else:
-        pytest.fail("nothing was seen")
-    assert not all(re.fullmatch(COUNTED, text(pair, o).removesuffix("<eos>")) for o in run.got)
+        said = [text(pair, o).removesuffix("<eos>") for o in run.got]
+        broken = not all(re.fullmatch(COUNTED, each) for each in said)
+        if broken and answers(run.got) != answers(run.expected):
+            return True
+    return False
+
+
+def test_control_nodes_masked_as_a_chain(pair, monkeypatch):
+    """vLLM's own walk: siblings as if they followed each other."""
+    assert not differs(pair, 2)
+    honest = Grammars.fill_rows
+    monkeypatch.setattr(
+        Grammars, "fill_rows",
+        lambda self, rows, req_id, tree: honest(self, rows, req_id, chain(tree.tokens)),
+    )  # fmt: skip
+    assert differs(pair)
+
+
+def test_control_nodes_without_masks(pair, monkeypatch):
+    monkeypatch.setattr(Grammars, "fill_rows", lambda self, rows, req_id, tree: rows[1:].fill_(-1))
+    assert differs(pair)

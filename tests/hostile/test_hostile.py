@@ -87,6 +87,11 @@ def test_ties_and_faults(tmp_path):
     assert is_tie(target, asked, answer, other(29, second[29]))
     assert not is_tie(target, asked, answer, other(13, second[13]))
     assert not is_tie(target, asked, answer, Answer(500))
+    # The same as the second of two prompts.
+    before, many = ([5, 6], "x", "length"), completion([[1, 2], prompt], bad_words=["a", "b", "ab"])
+    for at, tie in ((29, True), (13, False)):
+        both = [Answer(200, (before, *one.choices)) for one in (answer, other(at, second[at]))]
+        assert is_tie(target, Request("many prompts", many), *both) == tie
 
 
 def test_growth():

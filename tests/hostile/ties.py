@@ -36,11 +36,14 @@ def is_tie(target: Path, request: Request, plain: Answer, ours: Answer) -> bool:
     if plain.status != 200 or ours.status != 200 or len(plain.choices) != len(ours.choices):
         return False
     body = json.loads(request.body)
-    if not isinstance(body["prompt"], list) or not isinstance(body["prompt"][0], int):
+    if not isinstance(body["prompt"], list):
         return False
-    asked = {"prompt": body["prompt"], "params": sampling_parameters(body)}
-    sweep = Sweep(target, target)
-    for index, (want, have) in enumerate(zip(plain.choices, ours.choices, strict=True)):
+    prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
+    params, sweep = sampling_parameters(body), Sweep(target, target)
+    for place, (want, have) in enumerate(zip(plain.choices, ours.choices, strict=True)):
+        # All choices of the first prompt, then those of the next.
+        prompt, index = divmod(place, len(plain.choices) // len(prompts))
+        asked = {"prompt": prompts[prompt], "params": params}
         at = first_difference(want[0], have[0])
         if want != have and not sweep.is_tie(asked, index, at, have[0]):
             return False

@@ -46,6 +46,7 @@ def test_compiles_without_warnings_spills_or_stack():
 
 @needs_nvcc
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_compiles_for_every_architecture():
     command = [sys.executable, str(ROOT / "scripts/compile_cuda.py"),
                "--archs", cuda.DEFAULT_ARCHITECTURES]  # fmt: skip

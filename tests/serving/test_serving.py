@@ -216,8 +216,11 @@ def test_metrics_are_what_was_generated(servers):
     spare = 0 if v1 else 15 * len(tokens)
     assert 0 < new["redrafter_accepted_tokens_total"] < sum(tokens) - len(tokens) + spare
     assert 0 < new["redrafter_steps_total"] <= new["redrafter_drafts_total"]
-    reasons = counters.by_label(ours, "redrafter_fallbacks_total", "reason")
-    assert any("structured output" in reason for reason in reasons)
+    if v1:
+        assert counters.by_label(ours, "redrafter_nodes_by_source_total", "source")["grammar"]
+    else:
+        reasons = counters.by_label(ours, "redrafter_fallbacks_total", "reason")
+        assert any("structured output" in reason for reason in reasons)
     assert after["redrafter_drafting_off"] == 0
     assert "redrafter_draft_errors_total" not in after
     assert ("redrafter_part_seconds_total" in after) == v1
@@ -237,7 +240,7 @@ def test_log_says_once_what_runs(servers, target, drafter):
     assert "Traceback" not in log
     (line,) = [line for line in log.splitlines() if "ReDrafter is on: " in line]
     assert " INFO " in line
-    assert f"drafter '{drafter}' for target '{target}', W=" in line
+    assert f"drafter '{drafter}' for target '{target}', which gets trees, W=" in line
     assert line.endswith(f", Model Runner {runner_of(servers).upper()}.")
     assert "redrafter" not in plain.log.read_text().lower().replace("vllm_redrafter", "")
 

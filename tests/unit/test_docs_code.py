@@ -31,7 +31,8 @@ OTHERS = {
     "--no-build-isolation", "--durations", "--nproc-per-node", "--strict", "--served-model-name",
     "--spec-method", "--spec-model", "--disable-log-stats", "--memory-limit",
 }  # fmt: skip
-VLLMS = Path(importlib.util.find_spec("vllm.engine.arg_utils").origin).read_text(encoding="utf-8")
+[VLLM] = importlib.util.find_spec("vllm").submodule_search_locations  # found, not imported
+VLLMS = (Path(VLLM) / "engine" / "arg_utils.py").read_text(encoding="utf-8")
 
 
 def sources():

@@ -8,7 +8,13 @@ import pytest
 
 from vllm_redrafter import options as module
 from vllm_redrafter.drafter.config import DrafterConfig
-from vllm_redrafter.options import OptionError, ReDrafterOptions, check_keys, resolve_options
+from vllm_redrafter.options import (
+    OptionError,
+    ReDrafterOptions,
+    check_keys,
+    for_chains,
+    resolve_options,
+)
 
 
 def drafter(**defaults):
@@ -196,3 +202,14 @@ def test_a_bad_schedule(bad):
     )
     with pytest.raises(OptionError, match=f"^{re.escape(message)}$"):
         resolve({SCHEDULE: bad})
+
+
+def test_nodes_of_chains():
+    """No more than a path has tokens; where each costs a state, those of the drafter."""
+    options = resolve(draft_length=5)
+    assert for_chains(options, chosen=False, keeps_states=False).num_speculative_tokens == 16
+    assert for_chains(options, chosen=False, keeps_states=True).num_speculative_tokens == 5
+    more = resolve({"num_speculative_tokens": 8}, draft_length=5)
+    assert for_chains(more, chosen=True, keeps_states=True).num_speculative_tokens == 8
+    without = resolve({"prompt_lookup": False}, draft_length=5)
+    assert for_chains(without, chosen=False, keeps_states=False).num_speculative_tokens == 5

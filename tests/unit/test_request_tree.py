@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vllm_redrafter.engine.v1.request_tree import RequestTree, chain, chain_masks, mask_words
+from vllm_redrafter.engine.v1.tree_check import problem_of
 from vllm_redrafter.tree.tree import Tree
 from vllm_redrafter.tree.walk import walk_one
 
@@ -120,3 +121,20 @@ def test_batch_walk_is_walk_one_for_each_request():
         assert padded.dtype == torch.int32
         width = max(map(len, result.tokens))
         assert padded.tolist() == [row + [-1] * (width - len(row)) for row in result.tokens]
+
+
+@pytest.mark.parametrize("nodes", [6, 70])
+def test_some_of_the_nodes(nodes):
+    source = random.Random(nodes)
+    for _ in range(20):
+        tree = random_request_tree(source, nodes)
+        kept = []
+        for node, parent in enumerate(tree.parents, start=1):
+            if (parent == 0 or parent in kept) and source.random() < 0.8:
+                kept.append(node)
+        some = tree.only(kept)
+        assert problem_of(some, 5) == ""
+        assert some.tokens == [tree.tokens[node - 1] for node in kept]
+        at = [0, *kept]
+        assert [at[parent] for parent in some.parents] == [tree.parents[n - 1] for n in kept]
+        assert some.depths.tolist() == [int(tree.depths[node - 1]) for node in kept]

@@ -11,7 +11,12 @@ import torch
 
 from vllm_redrafter.drafter.beam_search import FILLER_SCORE, Beams
 from vllm_redrafter.lookup.suffix import Chains
-from vllm_redrafter.tree.candidates import Candidates, choose_tree, merge_candidates
+from vllm_redrafter.tree.candidates import (
+    Candidates,
+    best_chains,
+    choose_tree,
+    merge_candidates,
+)
 
 
 def beams_of(tokens: list, parents: list, scores: list) -> Beams:
@@ -96,6 +101,24 @@ def test_the_best_chain_comes_first():
     assert chosen.tolist() == [[-1, 0, 1, 6, 2, 3, 4, 5, -1, -1]]
     tree, chosen = choose_tree(candidates, torch.tensor([0]))
     assert tree.num_nodes.tolist() == [1] and tree.tokens.sum() == 1 and (chosen == -1).all()
+
+
+def test_the_best_chains_alone():
+    """Among all paths: the first four nodes of the tree hold two of the chain's three."""
+    found = best_chains(merge_candidates(ROOT, BEAMS, CHAINS, 9), 5)
+    assert rows(found) == [(10, -1, 1, -1.0, 3), (11, 0, 2, -1.75, 3), (13, 1, 3, -4.0, 2)]
+    assert found.tokens[0, 3:].tolist() == [0, 0] and found.parents[0, 3:].tolist() == [-1, -1]
+    assert found.scores[0, 3:].tolist() == [FILLER_SCORE] * 2
+    assert rows(best_chains(merge_candidates(ROOT, BEAMS, CHAINS, 9), 2)) == rows(found)[:2]
+    narrow = best_chains(merge_candidates(ROOT, BEAMS, CHAINS, 4), 5)
+    assert rows(narrow) == rows(found)[:2]
+    tree, _ = choose_tree(found, torch.tensor([3]))
+    assert tree.parents.tolist() == [[-1, 0, 1, 2, -1, -1]]
+
+
+def test_chains_where_nothing_was_drafted():
+    found = best_chains(merge_candidates(ROOT, None, None, 4), 3)
+    assert found.counts.tolist() == [0] and found.tokens.shape == (1, 3)
 
 
 def random_paths(seed: int) -> tuple[Beams, Chains]:

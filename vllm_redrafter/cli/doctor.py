@@ -36,7 +36,12 @@ class Check:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's one option."""
+    """The command's two options."""
+    parser.add_argument(
+        "--target",
+        metavar="DIR",
+        help="also say whether this target gets trees, chains or a refusal, and why",
+    )
     parser.add_argument(
         "--source",
         type=Path,
@@ -57,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         Status.PROBLEM: "[red]PROBLEM[/]",
     }
     problems = 0
-    for check in check_source(args.source) if args.source else all_checks():
+    checks = check_source(args.source) if args.source else all_checks(args.target)
+    for check in checks:
         problems += check.status is Status.PROBLEM
         console.print(f"{marks[check.status]} {check.name}: ", end="")
         console.print(check.detail, markup=False)
@@ -91,8 +97,12 @@ def check_source(root: Path) -> Iterator[Check]:
     yield from _hook_checks([(hook, source.check(hook)) for hook in compat.HOOKS])
 
 
-def all_checks() -> Iterator[Check]:
-    """Every check, in an order in which the first problem is the one to mend first."""
+def all_checks(target: str | None = None) -> Iterator[Check]:
+    """Every check, in an order in which the first problem is the one to mend first.
+
+    Args:
+        target: directory of a target, or its name on the hub, to be looked at too.
+    """
     checks: tuple[Callable[[], Iterator[Check]], ...] = (
         check_python,
         check_torch,
@@ -103,11 +113,13 @@ def all_checks() -> Iterator[Check]:
         check_compiled_ops,
         check_bundled_drafter,
     )
-    for check in checks:
+    named = [(check.__name__.removeprefix("check_").replace("_", " "), check) for check in checks]
+    if target is not None:
+        named.append(("target", lambda: check_target(target)))
+    for name, check in named:
         try:
             yield from check()
         except Exception as error:  # noqa: BLE001 - a doctor reports, it does not fall over
-            name = check.__name__.removeprefix("check_").replace("_", " ")
             yield Check(name, Status.PROBLEM, f"the check failed: {type(error).__name__}: {error}")
 
 
@@ -241,6 +253,24 @@ def _hook_checks(results: list[tuple[Any, str | None]]) -> Iterator[Check]:
         )
     if not broken:
         yield Check("vLLM internals", Status.OK, f"all {len(results)} in place")
+
+
+def check_target(target: str) -> Iterator[Check]:
+    """Which of the three a target gets on the model runner that an engine would have here."""
+    from vllm.config import ModelConfig
+    from vllm.platforms import current_platform
+
+    from vllm_redrafter.engine.checks import wants_v2
+    from vllm_redrafter.engine.target_shape import Shape, shape_of_model
+
+    v2 = wants_v2()
+    shape = shape_of_model(ModelConfig(model=target), current_platform.is_cpu())
+    runner = f"Model Runner {'V2' if v2 else 'V1'}"
+    if shape.shape is Shape.REFUSED:
+        reason, _, cure = shape.why.rpartition("; ")
+        yield Check("target", Status.PROBLEM, f"refused on {runner}: {reason}", cure)
+    else:
+        yield Check("target", Status.OK, f"gets {shape} on {runner}")
 
 
 def check_compiled_ops() -> Iterator[Check]:

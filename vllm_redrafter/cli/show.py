@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("svg", "json"):
         file = getattr(args, name)
         if file is not None and not file.absolute().parent.is_dir():
-            raise UserError(f"--{name} {file}: no such directory; make {file.absolute().parent} first.")
+            parent = file.absolute().parent
+            raise UserError(f"--{name} {file}: no such directory; make {parent} first.")
     steps, texts = _record(args, config)
 
     from rich.console import Console

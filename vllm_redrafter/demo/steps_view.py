@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -86,11 +87,10 @@ def everything(
 
 def svg(content: Any, title: str, width: int = 80) -> str:
     """As an SVG that loads nothing: a viewer's own monospaced font stands in for rich's."""
-    with open("/dev/null", "w", encoding="utf-8") as nowhere:
-        console = Console(
-            record=True, width=width, file=nowhere, force_terminal=True, highlight=False
-        )
-        console.print(content)
+    console = Console(
+        record=True, width=width, file=io.StringIO(), force_terminal=True, highlight=False
+    )
+    console.print(content)
     # A fixed id: the same steps are the same file.
     text = console.export_svg(title=title, unique_id="steps")
     text = re.sub(r"@font-face \{.*?\}\s*", "", text, flags=re.DOTALL)

@@ -110,17 +110,37 @@ def _check_settings(engine_args: Any, v2: bool) -> None:
         )
 
 
+# Why ranks that share a target in other ways than tensor parallelism's cannot verify trees.
+_OF_PIPELINES = (
+    "a rank before the last would have to know every tree before its pass and the accepted path "
+    "after it, and vLLM sends it tokens alone, while the last rank, which drafts, lacks the "
+    "target's embedding"
+)
+_OF_CONTEXTS = (
+    "a rank then holds some tokens' KV of every request, and an accepted path's would have to move "
+    "between ranks"
+)
+
+
 def _check_parallel(engine_args: Any) -> None:
-    for field, what in (
-        ("pipeline_parallel_size", "pipeline parallelism"),
-        ("decode_context_parallel_size", "decode context parallelism"),
-        ("prefill_context_parallel_size", "prefill context parallelism"),
+    for field, what, why in (
+        ("pipeline_parallel_size", "pipeline parallelism", _OF_PIPELINES),
+        ("decode_context_parallel_size", "decode context parallelism", _OF_CONTEXTS),
+        ("prefill_context_parallel_size", "prefill context parallelism", _OF_CONTEXTS),
     ):
         size = getattr(engine_args, field)
         if size > 1:
             raise UnsupportedError(
-                f"ReDrafter does not support {what} ({field}={size}); set it to 1."
+                f"ReDrafter does not support {what} ({field}={size}): {why}; set it to 1."
             )
+    replicas = engine_args.data_parallel_size
+    if engine_args.enable_expert_parallel and replicas > 1:
+        raise UnsupportedError(
+            "ReDrafter does not support expert parallelism with data parallelism "
+            f"(data_parallel_size={replicas}): replicas that share experts take every step "
+            "together, with rows of one number, and each has trees of its own; leave "
+            "enable_expert_parallel off and set data_parallel_size to 1."
+        )
     for field, what in (
         ("enable_expert_parallel", "expert parallelism"),
         # A rank would then have the logits of some requests only, and walk no tree of the others.
@@ -185,7 +205,6 @@ def check_engine_config(
             "ReDrafter does not support KV connectors, which save KV before the accepted path is "
             "in place; remove kv_transfer_config."
         )
-    _check_model(model)
     replicas = config.parallel_config.data_parallel_size
     if replicas > 1 and model.is_moe:
         raise UnsupportedError(
@@ -247,39 +266,6 @@ def _check_v2(config: Any, options: ReDrafterOptions) -> None:
                 f"beam_width is {options.beam_width} and top_k {options.top_k}; on CUDA neither "
                 f"may be above {MOST_BEAMS_ON_CUDA}."
             )
-
-
-def _check_model(model: Any) -> None:
-    name = ", ".join(model.architectures)
-    cure = "use a decoder-only target with full or sliding-window attention in every layer."
-    if model.runner_type != "generate":
-        raise UnsupportedError(
-            f"ReDrafter drafts for text generation, not for runner '{model.runner_type}'; leave "
-            "it out for this model."
-        )
-    if model.use_mla:
-        raise UnsupportedError(f"ReDrafter does not support MLA models ({name}); {cure}")
-    if model.is_hybrid or model.is_attention_free:
-        raise UnsupportedError(
-            f"ReDrafter does not support models with recurrent layers such as Mamba ({name}); "
-            f"{cure}"
-        )
-    if model.is_encoder_decoder:
-        raise UnsupportedError(
-            f"ReDrafter does not support encoder-decoder models ({name}); {cure}"
-        )
-    if model.uses_mrope or getattr(model, "uses_xdrope_dim", 0):
-        raise UnsupportedError(
-            f"ReDrafter does not support multi-dimensional rotary positions ({name}); {cure}"
-        )
-    # Llama 4. A context within the first chunk is attended to in full.
-    chunk = model.attention_chunk_size
-    if chunk and model.max_model_len > chunk:
-        raise UnsupportedError(
-            f"ReDrafter does not support chunked local attention ({name}) over contexts of more "
-            f"than one chunk, and max_model_len is {model.max_model_len}; set it to {chunk} or "
-            "less."
-        )
 
 
 def _check_budget(config: Any, options: ReDrafterOptions) -> None:

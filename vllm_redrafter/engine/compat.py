@@ -494,6 +494,35 @@ _V1 = (
         "block table and query layout of the step",
         fields=("block_table", "num_actual_tokens", "query_start_loc"),
     ),
+    Hook(
+        "vllm.v1.structured_output:StructuredOutputManager.grammar_bitmask",
+        "wrapped: a row of a tree is masked by the grammar behind the node's own path",
+        parameters=("requests", "structured_output_request_ids", "scheduled_spec_decode_tokens"),
+    ),
+    Hook(
+        "vllm.v1.structured_output:StructuredOutputManager.validate_tokens",
+        "wrapped: a tree that the grammar was asked about is no chain to be cut",
+        parameters=("request", "spec_tokens"),
+    ),
+    Hook(
+        "vllm.v1.structured_output:StructuredOutputManager._get_constraint_bounds",
+        "whether a grammar is in force, or a reasoning section before it",
+        parameters=("request", "spec_tokens"),
+    ),
+    Hook(
+        "vllm.v1.structured_output:ConstraintBounds",
+        "whether a grammar is in force",
+        fields=("constraint_start",),
+    ),
+    Hook(
+        "vllm.v1.structured_output.request:StructuredOutputRequest.grammar",
+        "the grammar of a request, as the scheduler holds it",
+    ),
+    Hook(
+        "vllm.v1.structured_output.backend_xgrammar:XgrammarGrammar",
+        "copied and asked while a draft is made and before it is verified",
+        fields=("matcher", "vocab_size", "ctx"),
+    ),
 )
 
 _V2 = (
@@ -675,6 +704,21 @@ _V2 = (
         "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_dummy_inputs",
         "extended: the buffer of positions",
         parameters=("num_reqs", "num_tokens"),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_states.mamba_hybrid:MambaHybridModelState",
+        "the second base class where the target has recurrent layers",
+        attributes=("num_accepted_tokens_gpu",),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_states.mamba_hybrid:MambaHybridModelState.postprocess_state",
+        "called behind ours: which state a request goes on from",
+        parameters=("idx_mapping", "num_sampled", "num_computed_tokens"),
+    ),
+    Hook(
+        "vllm.v1.kv_cache_interface:MambaSpec",
+        "which kind of recurrent layers a KV cache group has",
+        fields=("mamba_type",),
     ),
     Hook(
         "vllm.v1.worker.gpu.model_states.interface:ModelState.custom_sampler",

@@ -25,6 +25,7 @@ from vllm_redrafter.options import (
     SCHEDULE,
     OptionError,
     check_keys,
+    for_chains,
     is_method,
     resolve_options,
 )
@@ -72,6 +73,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm_redrafter.engine.inherited_checks import leave_out
         from vllm_redrafter.engine.node_schedule import with_schedule
         from vllm_redrafter.engine.prometheus.receiver import METRICS_KEY, listen
+        from vllm_redrafter.engine.target_shape import Shape, check_target, put_shape
 
         v2 = wants_v2()
         # With LoRA vLLM wants room for all nodes of all requests in a step, as V2 does.
@@ -85,14 +87,29 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             options = with_schedule(ours, options, drafter)
         # Every process that takes requests makes its configuration here first.
         leave_out()
-        rewrite(ours, options, v2)
-        # An encoder-cache connector's statistics travel where ours would.
-        if ours.ec_transfer_config is None and listen():
-            ours.additional_config[METRICS_KEY] = True
-        rewritten = dict(vars(ours))
-        config = original(ours, *args, **kwargs)
+
+        def configured(options: Any) -> tuple[Any, Mapping[str, Any], Any]:
+            """vLLM's configuration; our fields before vLLM's own changes; and after them."""
+            mine = copy.copy(ours)
+            rewrite(mine, options, v2)
+            # An encoder-cache connector's statistics travel where ours would.
+            if mine.ec_transfer_config is None and listen():
+                mine.additional_config[METRICS_KEY] = True
+            rewritten = dict(vars(mine))
+            return original(mine, *args, **kwargs), rewritten, mine
+
+        config, rewritten, mine = configured(options)
+        shape = check_target(config.model_config, config.device_config.device_type == "cpu")
+        if shape.shape is Shape.CHAIN:
+            chosen = asked.get("num_speculative_tokens") is not None
+            fewer = for_chains(options, chosen, shape.keeps_states)
+            if fewer != options:
+                # Only the finished configuration says what kind of target it is.
+                options = fewer
+                config, rewritten, mine = configured(options)
+        put_shape(config, shape)
         check_engine_config(config, options, drafter, v2)
-        _keep_what_vllm_set(self, rewritten, ours)
+        _keep_what_vllm_set(self, rewritten, mine)
         return config
 
     return create_engine_config

@@ -35,7 +35,7 @@ class ReDrafterStats:
         fallbacks: requests' drafts given up or cut to a chain, by reason.
         seconds: wall time inside our code, by part (draft, lookup, tree, walk, move, prepare).
         nodes_by_source, accepted_by_source: nodes verified and accepted, by who drafted them:
-            drafter, lookup or both.
+            drafter, lookup, both, or a grammar alone.
         predicted_accepted: how many nodes the budget expected to be accepted.
         steps_without_nodes: steps that nothing was drafted for, though it might have been.
         draft_shapes: drafts of a batch by "W,L" of the drafter's run, "0,0" where it did not run.

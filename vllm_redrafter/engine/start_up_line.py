@@ -10,6 +10,7 @@ import torch
 
 from vllm_redrafter.engine.engine_args import options_of
 from vllm_redrafter.engine.first_rank import is_first_rank
+from vllm_redrafter.engine.target_shape import TargetShape, shape_of
 from vllm_redrafter.ops.library import cuda_architectures, has_kernel, isa
 from vllm_redrafter.options import ReDrafterOptions
 
@@ -25,14 +26,16 @@ def say_what_runs(vllm_config: Any, runner: str, device: torch.device) -> None:
     """
     if is_first_rank():
         options, target = options_of(vllm_config), vllm_config.model_config.model
-        logger.info("%s", what_runs(options, target, runner, device))
+        logger.info("%s", what_runs(options, target, runner, device, shape_of(vllm_config)))
 
 
-def what_runs(options: ReDrafterOptions, target: str, runner: str, device: torch.device) -> str:
-    """Drafter, target, sizes, rule, lookup, budget, operators and runner, in one line."""
+def what_runs(
+    options: ReDrafterOptions, target: str, runner: str, device: torch.device, shape: TargetShape
+) -> str:
+    """Drafter, target, shape, sizes, rule, lookup, budget, operators and runner, in one line."""
     lookup = f"{options.prompt_lookup_num_tokens} tokens" if options.prompt_lookup else "off"
     return (
-        f"ReDrafter is on: drafter '{options.model}' for target '{target}', "
+        f"ReDrafter is on: drafter '{options.model}' for target '{target}', which gets {shape}, "
         f"W={options.beam_width}, L={options.draft_length}, N={_nodes(options)}, "
         f"rule {options.tree}, lookup {lookup}, budget {options.node_budget}, "
         f"operators {_operators(device)}, Model Runner {runner}."

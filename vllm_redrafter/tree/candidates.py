@@ -25,6 +25,9 @@ from vllm_redrafter.tree.tree import NO_PARENT, Tree
 FROM_DRAFTER = 1
 FROM_LOOKUP = 2
 SOURCE_NAMES = {FROM_DRAFTER: "drafter", FROM_LOOKUP: "lookup", FROM_DRAFTER | FROM_LOOKUP: "both"}
+# A request's grammar alone: what it forces or leaves. On Model Runner V1, beside those above.
+FROM_GRAMMAR = 4
+ALL_SOURCE_NAMES = SOURCE_NAMES | {FROM_GRAMMAR: "grammar"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Candidates:
         depths: ``[B, M]`` int64, 1 for children of the root; 0 in padding.
         scores: ``[B, M]`` float32, log-probability of the path, never rising along a row;
             ``FILLER_SCORE`` in padding.
-        sources: ``[B, M]`` int64, FROM_DRAFTER, FROM_LOOKUP or their sum; 0 in padding.
+        sources: ``[B, M]`` int64, FROM_DRAFTER, FROM_LOOKUP or their sum; 0 in padding
+            (or FROM_GRAMMAR, on Model Runner V1).
         counts: ``[B]`` int64, how many are real.
     """
 
@@ -103,6 +107,40 @@ def merge_candidates(
             out.scores[b, i], out.sources[b, i] = found[path]
         out.counts[b] = len(order)
     return out
+
+
+def best_chains(candidates: Candidates, most: int) -> Candidates:
+    """Each request's best chain alone: from the root always the likeliest child.
+
+    Args:
+        candidates: of M columns, on the CPU.
+        most: K >= 0, the longest that a chain may be.
+
+    Returns:
+        Candidates of K columns; a chain is likeliest first as it is.
+    """
+    batch, columns = candidates.tokens.shape
+    picked = torch.full((batch, most), columns)
+    for b in range(batch):
+        above = [None if p == NO_PARENT else p for p in candidates.parents[b].tolist()]
+        chain = best_chain(list(range(int(candidates.counts[b]))), above)[:most]
+        picked[b, : len(chain)] = torch.tensor(chain, dtype=torch.int64)
+    real = picked < columns
+    along = torch.arange(most).expand(batch, most)
+
+    def taken(values: Tensor, padding: float) -> Tensor:
+        wide = torch.nn.functional.pad(values, (0, 1), value=padding)
+        return wide.gather(1, picked)
+
+    return Candidates(
+        root=candidates.root,
+        tokens=taken(candidates.tokens, 0),
+        parents=torch.where(real, along - 1, NO_PARENT),
+        depths=torch.where(real, along + 1, 0),
+        scores=taken(candidates.scores, FILLER_SCORE),
+        sources=taken(candidates.sources, 0),
+        counts=real.sum(1),
+    )
 
 
 def choose_tree(candidates: Candidates, counts: Tensor) -> tuple[Tree, Tensor]:

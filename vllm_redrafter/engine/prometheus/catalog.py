@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vllm_redrafter.engine.metrics import ReDrafterStats
 from vllm_redrafter.options import ReDrafterOptions
-from vllm_redrafter.tree.candidates import SOURCE_NAMES
+from vllm_redrafter.tree.candidates import ALL_SOURCE_NAMES
 
 # As vLLM's own metrics have them.
 LABELS = ("model_name", "engine")
@@ -57,7 +57,7 @@ def _depths(options: ReDrafterOptions) -> Iterable[str]:
 
 
 def _sources(_: ReDrafterOptions) -> Iterable[str]:
-    return SOURCE_NAMES.values()
+    return ALL_SOURCE_NAMES.values()
 
 
 COUNTERS = (
@@ -89,7 +89,8 @@ COUNTERS = (
     ),
     Metric(
         "redrafter_nodes_by_source_total",
-        "Drafted nodes verified, by who drafted them: drafter, lookup or both.",
+        "Drafted nodes verified, by who drafted them: "
+        "drafter, lookup, both or grammar.",
         _each("nodes_by_source"),
         "source",
         _sources,
@@ -108,7 +109,8 @@ COUNTERS = (
     ),
     Metric(
         "redrafter_accepted_tokens_by_source_total",
-        "Drafted tokens that the target said too, by who drafted them: drafter, lookup or both.",
+        "Drafted tokens that the target said too, by who drafted them: "
+        "drafter, lookup, both or grammar.",
         _each("accepted_by_source"),
         "source",
         _sources,

@@ -9,7 +9,8 @@ request over the whole batch (``budget.policy``).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from vllm_redrafter.budget.model import CostModel
 from vllm_redrafter.budget.planner import ENOUGH, DraftPlanner, draft_shapes
 from vllm_redrafter.budget.policy import choose
 from vllm_redrafter.budget.trust import Trust, kind_of
-from vllm_redrafter.drafter.beam_search import Beams, greedy_chain
+from vllm_redrafter.drafter.beam_search import FILLER_SCORE, Beams, greedy_chain
 from vllm_redrafter.engine.metrics import ReDrafterStats
 from vllm_redrafter.engine.v1.request_tree import NOTHING, RequestTree
 from vllm_redrafter.lookup.suffix import Chains
@@ -29,7 +30,15 @@ from vllm_redrafter.ops.build_tree import build_tree
 from vllm_redrafter.ops.candidates import choose_tree, merge_candidates
 from vllm_redrafter.ops.suffix_lookup import suffix_lookup
 from vllm_redrafter.options import ReDrafterOptions
-from vllm_redrafter.tree.candidates import FROM_LOOKUP, SOURCE_NAMES, Candidates
+from vllm_redrafter.tree.candidates import (
+    ALL_SOURCE_NAMES,
+    FROM_GRAMMAR,
+    FROM_LOOKUP,
+    Candidates,
+    best_chains,
+)
+from vllm_redrafter.tree.grammar import Grown, Matcher, grow
+from vllm_redrafter.tree.tree import NO_PARENT
 
 # (hidden states [B, H], known tokens, kind) -> the drafted beams.
 Draft = Callable[[Tensor, list[int], DraftShape], Beams]
@@ -40,6 +49,10 @@ REST_AFTER, REST_EVERY = 8, 4
 
 # Full drafts between two comparisons with smaller ones.
 COMPARE_EVERY = 4
+
+# Of a request with a grammar: the likeliest first tokens that the grammar is asked about, and how
+# many paths in all. What is likely without it is often forbidden.
+WIDE, ASKED = 64, 256
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,7 @@ class DraftInput:
         max_depth: ``[B]`` int64, the deepest node that can be of use.
         most_nodes: of one request.
         most_rows: of all requests together, the known tokens' among them.
+        matchers: by place in ``requests``, those of requests with a grammar.
     """
 
     requests: list[str]
@@ -71,6 +85,7 @@ class DraftInput:
     max_depth: np.ndarray
     most_nodes: int
     most_rows: int
+    matchers: dict[int, Matcher] = field(default_factory=dict)
 
 
 class Drafting:
@@ -81,6 +96,7 @@ class Drafting:
         draft: runs the drafter.
         stats: counters.
         costs: of the budget; None for a fixed one.
+        chains: only the best chain of each request is a candidate.
     """
 
     def __init__(
@@ -89,11 +105,13 @@ class Drafting:
         draft: Draft,
         stats: Callable[[], ReDrafterStats],
         costs: CostModel | None = None,
+        chains: bool = False,
     ) -> None:
         self._options, self._draft, self._stats = options, draft, stats
+        self._chains = chains
         self._full: DraftShape = options.beam_width, options.draft_length
         self.costs = costs
-        self.trust = {"drafter": Trust(), "lookup": Trust()}
+        self.trust = {"drafter": Trust(), "lookup": Trust(), "grammar": Trust()}
         self._planner = None
         self._mean_context = 0.0
         self._doubt = Doubt()
@@ -135,6 +153,7 @@ class Drafting:
             candidates = self._merge(given, beams, chains)
             if shape == self._full and beams is not None and self._planner is not None:
                 self._compare(given, beams, chains, candidates)
+            candidates = self._under_grammars(given, beams, chains, candidates)
             counts = self._counts(given, shape, candidates)
             return _request_trees(candidates, counts)
 
@@ -162,9 +181,41 @@ class Drafting:
         self, given: DraftInput, beams: Beams | None, chains: Chains | None
     ) -> Candidates:
         root = torch.tensor(given.known, dtype=torch.int64)
-        return merge_candidates(
-            root, beams, chains, given.most_nodes, torch.from_numpy(given.max_depth)
-        )
+        most, max_depth = given.most_nodes, torch.from_numpy(given.max_depth)
+        if not self._chains:
+            return merge_candidates(root, beams, chains, most, max_depth)
+        paths = max(most, self._options.chain_paths)
+        return best_chains(merge_candidates(root, beams, chains, paths, max_depth), most)
+
+    def _under_grammars(
+        self,
+        given: DraftInput,
+        beams: Beams | None,
+        chains: Chains | None,
+        candidates: Candidates,
+    ) -> Candidates:
+        """The candidates, those of requests with a grammar chosen anew by what it allows."""
+        rows = list(given.matchers)
+        if not rows or not given.most_nodes:
+            return candidates
+        known = [given.known[b] for b in rows]
+        root, deepest = torch.tensor(known), torch.from_numpy(given.max_depth[rows])
+        drafted = [
+            merge_candidates(root, _rows(beams, rows), _rows(chains, rows), ASKED, deepest)
+        ]
+        if beams is not None:
+            wide = self._draft(given.context[rows], known, (WIDE, 1))
+            drafted.append(merge_candidates(root, wide, None, WIDE, deepest))
+        out = Candidates(**{name: part.clone() for name, part in vars(candidates).items()})
+        for i, b in enumerate(rows):
+            paths = {}
+            for some in reversed(drafted):
+                paths |= _paths(some, i)
+            grown = grow(
+                paths, given.matchers[b], given.most_nodes, int(deepest[i]), FROM_GRAMMAR
+            )
+            _put(out, b, grown)
+        return out
 
     def _compare(
         self, given: DraftInput, beams: Beams, chains: Chains | None, candidates: Candidates
@@ -202,8 +253,11 @@ class Drafting:
             name: trust.factors(given.requests, self._step, kinds, tries)
             for name, trust in self.trust.items()
         }
-        lookup_alone = candidates.sources.numpy() == FROM_LOOKUP
-        factor = np.where(lookup_alone, factors["lookup"][:, None], factors["drafter"][:, None])
+        sources = candidates.sources.numpy()
+        factor = np.where(
+            sources == FROM_LOOKUP, factors["lookup"][:, None], factors["drafter"][:, None]
+        )
+        factor = np.where(sources == FROM_GRAMMAR, factors["grammar"][:, None], factor)
         trusted = np.minimum(np.exp(candidates.scores.numpy().astype(np.float64)) * factor, 1.0)
         # A path is no likelier than its beginning, whatever the factors are.
         return np.minimum.accumulate(trusted, axis=1)
@@ -229,13 +283,13 @@ class Drafting:
             if tree.tokens[:1] != [-1]:
                 self._stats().watch.note(1, len(path))
             return
-        lookup_alone = tree.sources == FROM_LOOKUP
-        of_lookup = float(tree.probabilities[lookup_alone].sum())
-        predicted = {"drafter": float(tree.probabilities.sum()) - of_lookup, "lookup": of_lookup}
-        by_lookup = int(lookup_alone[[node - 1 for node in path]].sum())
-        if not lookup_alone.all():
-            self._stats().watch.note(1, len(path) - by_lookup)
-        accepted = {"drafter": len(path) - by_lookup, "lookup": by_lookup}
+        alone = {"lookup": tree.sources == FROM_LOOKUP, "grammar": tree.sources == FROM_GRAMMAR}
+        alone["drafter"] = ~(alone["lookup"] | alone["grammar"])
+        on_path = [node - 1 for node in path]
+        predicted = {name: float(tree.probabilities[of].sum()) for name, of in alone.items()}
+        accepted = {name: int(of[on_path].sum()) for name, of in alone.items()}
+        if alone["drafter"].any():
+            self._stats().watch.note(1, accepted["drafter"])
         for name, trust in self.trust.items():
             if predicted[name]:
                 kind = kind_of(temperature)
@@ -246,10 +300,10 @@ class Drafting:
 
     def _count(self, tree: RequestTree, path: list[int]) -> None:
         stats, sources = self._stats(), tree.sources
-        for source, name in SOURCE_NAMES.items():
+        for source, name in ALL_SOURCE_NAMES.items():
             stats.nodes_by_source[name] += int((sources == source).sum())
         for node in path:
-            stats.accepted_by_source[SOURCE_NAMES[int(sources[node - 1])]] += 1
+            stats.accepted_by_source[ALL_SOURCE_NAMES[int(sources[node - 1])]] += 1
 
     def forget(self, request: str) -> None:
         """The request has ended."""
@@ -261,6 +315,40 @@ def _fixed(counts: np.ndarray, most_rows: int) -> np.ndarray:
     """All candidates, evenly less where vLLM would schedule fewer rows."""
     share = max(0, most_rows // max(1, len(counts)) - 1)
     return np.minimum(counts, share) if counts.sum() + len(counts) > most_rows else counts
+
+
+def _rows(of_batch: Beams | Chains | None, rows: list[int]) -> Any:
+    """Some requests of a batch."""
+    if of_batch is None:
+        return None
+    return replace(of_batch, **{name: part[rows] for name, part in vars(of_batch).items()})
+
+
+def _paths(candidates: Candidates, b: int) -> dict[tuple[int, ...], tuple[float, int]]:
+    """Log-probability and source of every candidate of a request, by its path."""
+    paths: list[tuple[int, ...]] = []
+    found = {}
+    count = int(candidates.counts[b])
+    rows = (candidates.tokens, candidates.parents, candidates.scores, candidates.sources)
+    for token, parent, score, source in zip(*(r[b, :count].tolist() for r in rows), strict=True):
+        paths.append((*(() if parent == NO_PARENT else paths[parent]), token))
+        found[paths[-1]] = score, source
+    return found
+
+
+def _put(candidates: Candidates, b: int, grown: list[Grown]) -> None:
+    """Replace a request's candidates."""
+    place = {each.path: i for i, each in enumerate(grown)}
+    for name, part in vars(candidates).items():
+        if name not in ("root", "counts"):
+            part[b] = {"parents": NO_PARENT, "scores": FILLER_SCORE}.get(name, 0)
+    candidates.counts[b] = len(grown)
+    for i, each in enumerate(grown):
+        candidates.tokens[b, i] = each.path[-1]
+        candidates.parents[b, i] = place.get(each.path[:-1], NO_PARENT)
+        candidates.depths[b, i] = len(each.path)
+        candidates.scores[b, i] = each.score
+        candidates.sources[b, i] = each.source
 
 
 def _request_trees(candidates: Candidates, counts: np.ndarray) -> list[RequestTree]:

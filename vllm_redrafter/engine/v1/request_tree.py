@@ -56,6 +56,27 @@ class RequestTree:
             None if self.sources is None else self.sources[:count],
         )
 
+    def only(self, nodes: list[int]) -> RequestTree:
+        """The tree of these nodes, in their order; with a node, the nodes above it."""
+        if len(nodes) == len(self.tokens):
+            return self
+        place = {0: 0} | {node: at for at, node in enumerate(nodes, start=1)}
+        parents = [place[self.parents[node - 1]] for node in nodes]
+        index = np.array(nodes, dtype=np.int64) - 1
+        sees = [1]
+        for node, parent in enumerate(parents, start=1):
+            sees.append(sees[parent] | 1 << node)
+        words = mask_words(len(sees))
+        bits = [[row >> 64 * word & 0xFFFF_FFFF_FFFF_FFFF for word in range(words)] for row in sees]
+        return RequestTree(
+            [self.tokens[node - 1] for node in nodes],
+            parents,
+            self.depths[index],
+            np.array(bits, dtype=np.uint64).view(np.int64),
+            None if self.probabilities is None else self.probabilities[index],
+            None if self.sources is None else self.sources[index],
+        )
+
     def child(self, node: int, token: int) -> int | None:
         """The child of ``node`` that holds ``token``, if there is one."""
         for index in range(node, len(self.parents)):

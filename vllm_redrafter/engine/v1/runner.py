@@ -25,6 +25,7 @@ from vllm_redrafter.engine.draft_guard import DraftGuard
 from vllm_redrafter.engine.engine_args import options_of
 from vllm_redrafter.engine.first_rank import first_ranks_object, is_first_rank, several_ranks
 from vllm_redrafter.engine.metrics import ReDrafterStats
+from vllm_redrafter.engine.target_shape import Shape, shape_of
 from vllm_redrafter.engine.thorough import check_logits, checked_move, thorough
 from vllm_redrafter.engine.tree_step import STEP_ATTRIBUTE, TreeStep
 from vllm_redrafter.engine.v1.calibrate import (
@@ -36,6 +37,7 @@ from vllm_redrafter.engine.v1.calibrate import (
 from vllm_redrafter.engine.v1.clock import StepClock
 from vllm_redrafter.engine.v1.drafting import Drafting, DraftInput
 from vllm_redrafter.engine.v1.ending import Ending, is_stop_token
+from vllm_redrafter.engine.v1.grammars import Grammars
 from vllm_redrafter.engine.v1.held_seeds import HeldSeeds
 from vllm_redrafter.engine.v1.logits_processors import (
     REASON,
@@ -61,6 +63,7 @@ from vllm_redrafter.engine.v1.walk import (
     walk_trees,
 )
 from vllm_redrafter.ops.move_kv import MoveKV
+from vllm_redrafter.tree.grammar import Matcher, allowed_nodes
 
 
 @dataclass
@@ -122,7 +125,9 @@ class TreeRunnerMixin:
         self._step: _Step | None = None
         # Whether a request said its last token in this step, as far as is known here.
         self.someone_ended = False
-        self._drafting = Drafting(self._options, self._run_drafter, lambda: self.redrafter_stats)
+        # Whether no tree of the target's can be verified, see ``target_shape``.
+        self._chains = shape_of(self.vllm_config).shape is Shape.CHAIN
+        self._drafting = self._make_drafting()
         self._clock = StepClock()
         self.draft_guard = DraftGuard(lambda: self.redrafter_stats)
         self._thorough = thorough()
@@ -133,6 +138,8 @@ class TreeRunnerMixin:
         self._held_seeds = HeldSeeds()
         self._several_ranks = several_ranks()
         self._first_rank = is_first_rank()
+        self._grammars = Grammars(self.vllm_config, alone=not self._several_ranks)
+        self._matchers: dict[int, Matcher] = {}
 
     # -- start-up --------------------------------------------------------------------------
 
@@ -140,7 +147,8 @@ class TreeRunnerMixin:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         layers = self.compilation_config.static_forward_context
         self._movers = []
-        for group in self.kv_cache_config.kv_cache_groups:
+        # Chains are left to vLLM's own attention, and nothing of them has to move.
+        for group in () if self._chains else self.kv_cache_config.kv_cache_groups:
             members = {name: layers[name] for name in group.layer_names}
             self._movers.append(take_over(members))
         holder = self.input_batch.thinking_budget_state_holder
@@ -153,9 +161,13 @@ class TreeRunnerMixin:
         """Give the node budget its costs; the model and its KV cache are there by now."""
         if self._options.node_budget == "fixed":
             return
-        costs = CostModel(cost_table(self, self._options, self._shapes))
-        self._drafting = Drafting(
-            self._options, self._run_drafter, lambda: self.redrafter_stats, costs
+        self._drafting = self._make_drafting(
+            CostModel(cost_table(self, self._options, self._shapes))
+        )
+
+    def _make_drafting(self, costs: CostModel | None = None) -> Drafting:
+        return Drafting(
+            self._options, self._run_drafter, lambda: self.redrafter_stats, costs, self._chains
         )
 
     def measured_costs(self) -> CostTable:
@@ -191,6 +203,7 @@ class TreeRunnerMixin:
         self._learn(self._note_time, scheduler_output)
         for req_id in scheduler_output.finished_req_ids:
             self._trees.pop(req_id, None)
+            self._grammars.forget(req_id)
             self._learn(self._drafting.forget, req_id)
         return super()._update_states(scheduler_output)
 
@@ -219,6 +232,11 @@ class TreeRunnerMixin:
             scheduled = scheduler_output.scheduled_spec_decode_tokens
             req_ids = self.input_batch.req_ids
             trees = [self._tree_to_verify(req_id, scheduled.get(req_id)) for req_id in req_ids]
+            self._grammars.verified = {
+                req_id: tree
+                for req_id, tree in zip(req_ids, trees, strict=True)
+                if tree is not None and not tree.is_chain
+            }
             first_row = np.cumsum(num_scheduled_tokens) - num_scheduled_tokens
             logits_rows = [1 + (len(tree) if tree is not None else 0) for tree in trees]
             first_logit = [0, *np.cumsum(logits_rows[:-1]).tolist()]
@@ -454,8 +472,12 @@ class TreeRunnerMixin:
                 drafting.append(i)
                 rows.append(step.first_logit[i] + (path[-1] if path else 0))
                 known.append(tokens[-1])
+        self._grammars.drafted = {}
         if not drafting:
             return drafts
+        self._matchers = self.draft_guard.attempt(
+            "asking grammars", lambda: self._ask_grammars(drafting, sampled_token_ids), {}
+        )
         trees = self._own_trees(drafting, lambda: sample_hidden_states[rows], known)
         if self._several_ranks:
             trees = self._first_ranks_trees(trees)
@@ -464,15 +486,47 @@ class TreeRunnerMixin:
         for i, tree in zip(drafting, trees, strict=True):
             if not len(tree):
                 continue
-            if self.requests[req_ids[i]].sampling_params.structured_outputs is not None:
-                # A grammar advances along one sequence of tokens.
-                self.redrafter_stats.fall_back("structured output (chain)")
+            if self._chains:
                 tree = tree.first(tree.chain_length)
+            elif self.requests[req_ids[i]].sampling_params.structured_outputs is not None:
+                tree = self._under_grammar(i, tree)
+                if not len(tree):
+                    continue
             tree = tree.first(most_nodes)
             self._trees[req_ids[i]] = tree
             drafts[i] = tree.tokens
         self.redrafter_stats.steps_without_nodes += not any(drafts)
         return drafts
+
+    def _ask_grammars(
+        self, drafting: list[int], said: list[list[int]]
+    ) -> dict[int, Matcher]:
+        """By batch row, the grammars of requests that may have a tree all the same."""
+        matchers: dict[int, Matcher] = {}
+        # Apple's rule knows nothing of what may follow; a chain is the scheduler's to cut.
+        if self._chains or self._options.tree != "best":
+            return matchers
+        for i in drafting:
+            req_id = self.input_batch.req_ids[i]
+            if self.requests[req_id].sampling_params.structured_outputs is not None:
+                matcher = self._grammars.matcher(req_id, said[i])
+                if matcher is not None:
+                    matchers[i] = matcher
+        return matchers
+
+    def _under_grammar(self, i: int, tree: RequestTree) -> RequestTree:
+        """What of a tree may be drafted for a request with a grammar."""
+        matcher = self._matchers.get(i)
+        if matcher is None:
+            # vLLM's scheduler advances a grammar along one sequence of tokens.
+            self.redrafter_stats.fall_back("structured output (chain)")
+            return tree.first(tree.chain_length)
+        kept = self.draft_guard.attempt(
+            "asking grammars", lambda: allowed_nodes(tree.tokens, tree.parents, matcher), []
+        )
+        tree = tree.only(kept).first(self._options.nodes_for(len(self.input_batch.req_ids)))
+        self._grammars.drafted[self.input_batch.req_ids[i]] = tree
+        return tree
 
     def _own_trees(
         self, drafting: list[int], context: Callable[[], Tensor], known: list[int]
@@ -523,6 +577,8 @@ class TreeRunnerMixin:
                 max_depth=np.array([self._tokens_left(batch.req_ids[i]) - 1 for i in drafting]),
                 most_nodes=self._options.nodes_for(len(batch.req_ids)),
                 most_rows=self.scheduler_config.max_num_batched_tokens,
+                matchers={b: self._matchers[i] for b, i in enumerate(drafting)
+                          if i in self._matchers},
             )
         )
         self._clock.drafted(self.redrafter_stats.seconds["draft"] - before)

@@ -13,6 +13,7 @@ from vllm_redrafter.engine.v2.tree_store import Drafted
 from vllm_redrafter.lookup.suffix import Chains
 from vllm_redrafter.ops.candidates import choose_tree, merge_candidates
 from vllm_redrafter.ops.suffix_lookup import suffix_lookup
+from vllm_redrafter.tree.tree import Tree, mask_words
 
 
 class TextLookup:
@@ -64,3 +65,22 @@ def hybrid_trees(beams: Beams, chains: Chains, nodes: int, counts: Tensor) -> Dr
     # Roots and padding take some candidate's; nobody looks.
     sources = candidates.sources.gather(1, chosen.clamp_(min=0))
     return Drafted(tree, masks, sources)
+
+
+def first_nodes(drafted: Drafted, nodes: int, counts: Tensor) -> Drafted:
+    """The first nodes of wider trees, which are trees too: parents come first.
+
+    Args:
+        drafted: trees of more than N + 1 columns.
+        nodes: N.
+        counts: ``[B]`` int64, nodes that each request may have; at most N.
+    """
+    tree, columns = drafted.tree, nodes + 1
+    first = Tree(
+        tokens=tree.tokens[:, :columns],
+        parents=tree.parents[:, :columns],
+        depths=tree.depths[:, :columns],
+        num_nodes=tree.num_nodes.minimum(counts + 1),
+    )
+    masks = drafted.masks[:, :columns, : mask_words(columns)]
+    return Drafted(first, masks, drafted.sources[:, :columns])

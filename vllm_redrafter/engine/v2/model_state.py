@@ -17,9 +17,12 @@ from torch import Tensor
 from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 from vllm_redrafter.engine.checks import UnsupportedError
 from vllm_redrafter.engine.engine_args import options_of
+from vllm_redrafter.engine.target_shape import Shape as TargetShape
+from vllm_redrafter.engine.target_shape import check_states, shape_of
 from vllm_redrafter.engine.thorough import checked_move, thorough
 from vllm_redrafter.engine.tree_step import STEP_ATTRIBUTE, TreeStep
 from vllm_redrafter.engine.v2.accept import kv_moves
@@ -32,6 +35,10 @@ from vllm_redrafter.engine.v2.step_check import check_tree_step, check_trees
 from vllm_redrafter.engine.v2.step_rows import StepRows
 from vllm_redrafter.engine.v2.tree_store import Shape, TreeStore
 from vllm_redrafter.ops.move_kv import MoveKV
+
+
+def _stay(source: Tensor, target: Tensor) -> None:
+    """In place of ``MoveKV`` where nothing has to move."""
 
 
 class TreeModelState(DefaultModelState):
@@ -56,6 +63,8 @@ class TreeModelState(DefaultModelState):
         self._positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
         self._slot_mappings: Tensor | None = None
         self._thorough = thorough()
+        # Whether no tree of the target's can be verified, see ``target_shape``.
+        self._chains = shape_of(vllm_config).shape is TargetShape.CHAIN
         # [B], of the step, for adapters of the output head.
         self.logits_rows = np.ones(0, dtype=np.int64)
 
@@ -64,6 +73,8 @@ class TreeModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
         shape, reason = shape_of_request(new_req_data)
+        if self._chains and shape != Shape.NOTHING:
+            shape, reason = Shape.CHAIN, ""
         if reason:
             self.stats.host.fall_back(reason)
         self.trees.reset(req_index, shape)
@@ -81,7 +92,8 @@ class TreeModelState(DefaultModelState):
     def _no_branches(self, req_index: int) -> None:
         """A custom logits processor may change this request, which came with this step."""
         self.trees.limit(req_index, Shape.CHAIN)
-        self.stats.host.fall_back(REASON)
+        if not self._chains:
+            self.stats.host.fall_back(REASON)
 
     # -- start-up --------------------------------------------------------------------------
 
@@ -100,6 +112,11 @@ class TreeModelState(DefaultModelState):
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
+        if self._chains:
+            # vLLM's own attention, and chains leave nothing to move.
+            check_states(kv_cache_config.kv_cache_groups, cpu=self.device.type == "cpu")
+            self.movers = [_stay] * len(kv_cache_config.kv_cache_groups)
+            return
         layers = self.vllm_config.compilation_config.static_forward_context
         self.movers = [
             take_over({name: layers[name] for name in group.layer_names}, self.device)
@@ -136,6 +153,8 @@ class TreeModelState(DefaultModelState):
             model_specific_attn_metadata=model_specific_attn_metadata,
         )  # fmt: skip
         self._slot_mappings = slot_mappings
+        if self._chains:
+            return metadata
         step = self._tree_step(input_batch, cudagraph_mode == CUDAGraphMode.FULL, for_capture)
         if step is not None and self._thorough and not for_capture:
             check_tree_step(self.trees, input_batch, step)
@@ -202,6 +221,7 @@ class TreeModelState(DefaultModelState):
         num_sampled: Tensor,
         num_computed_tokens: Tensor | None = None,
     ) -> None:
+        super().postprocess_state(idx_mapping, num_sampled, num_computed_tokens)
         step = self.step
         if step is None or step.walk is None or step.kv_moved:
             return
@@ -217,3 +237,17 @@ class TreeModelState(DefaultModelState):
     def _move(self, sources: Tensor, targets: Tensor) -> None:
         for mover, source, target in zip(self.movers, sources, targets, strict=False):
             mover(source, target)
+
+
+class HybridChainModelState(TreeModelState, MambaHybridModelState):
+    """A target with recurrent layers, whose drafts are chains.
+
+    vLLM's own class keeps a state per drafted token and goes on from the last accepted one's.
+    """
+
+
+def model_state_class(vllm_config: Any) -> type[TreeModelState]:
+    """Which of the two a target needs."""
+    model = vllm_config.model_config
+    recurrent = model.is_hybrid or model.is_attention_free
+    return HybridChainModelState if recurrent else TreeModelState

@@ -25,13 +25,14 @@ from vllm_redrafter.engine.first_rank import (
     several_ranks,
 )
 from vllm_redrafter.engine.target_check import check_tables
+from vllm_redrafter.engine.target_shape import Shape, shape_of
 from vllm_redrafter.engine.target_tables import target_tables
 from vllm_redrafter.engine.v2.accept_graphs import AcceptBuffers, AcceptGraphs
 from vllm_redrafter.engine.v2.draft import Draft, make_draft
 from vllm_redrafter.engine.v2.draft_graphs import DraftBuffers, DraftGraphs
-from vllm_redrafter.engine.v2.hybrid import TextLookup, hybrid_trees
+from vllm_redrafter.engine.v2.hybrid import TextLookup, first_nodes, hybrid_trees
 from vllm_redrafter.engine.v2.memory import ExtraMemory, extra_memory, widest_step
-from vllm_redrafter.engine.v2.model_state import TreeModelState
+from vllm_redrafter.engine.v2.model_state import TreeModelState, model_state_class
 from vllm_redrafter.engine.v2.tree_check import no_trees, without_bad_trees
 from vllm_redrafter.engine.v2.tree_store import Drafted
 from vllm_redrafter.ops.build_tree import build_tree
@@ -80,6 +81,10 @@ class ReDrafterSpeculator(DraftModelSpeculator):
         self._several_ranks = several_ranks()
         self._agreements = 0
         self.draft_guard = DraftGuard(lambda: self.model_state.stats.host)
+        # Nodes that are drafted, of which the first N are kept.
+        self._paths = options.num_speculative_tokens
+        if shape_of(vllm_config).shape is Shape.CHAIN:
+            self._paths = options.chain_paths
 
     def _make_accept_buffers(self, groups: int) -> AcceptBuffers:
         nodes, depth = self.options.num_speculative_tokens, self.options.max_depth
@@ -110,7 +115,8 @@ class ReDrafterSpeculator(DraftModelSpeculator):
         self._draft = make_draft(
             self.model, options.beam_width, options.draft_length, options.top_k
         )
-        target_model.get_model_state_cls = lambda: TreeModelState
+        state_class = model_state_class(self.vllm_config)
+        target_model.get_model_state_cls = lambda: state_class
         self._compute_logits = target_model.compute_logits
         if self.device.type != "cpu":
             logger.info("ReDrafter takes %s.", self.extra_memory())
@@ -299,12 +305,17 @@ class ReDrafterSpeculator(DraftModelSpeculator):
     ) -> Drafted:
         assert self._draft is not None
         nodes, beams = self.options.num_speculative_tokens, self._draft(context, known)
+        paths = max(self._paths, nodes)
         if self._lookup is not None:
-            drafted = hybrid_trees(beams, self._lookup(slots), nodes, counts)
+            most = counts if paths == nodes else torch.full_like(counts, paths)
+            drafted = hybrid_trees(beams, self._lookup(slots), paths, most)
         else:
             # vLLM cuts these to their first nodes.
-            tree, masks = build_tree(beams, self.options.tree, nodes, fixed_size=True)
+            tree, masks = build_tree(beams, self.options.tree, paths, fixed_size=True)
             drafted = Drafted(tree, masks, torch.full_like(tree.tokens, FROM_DRAFTER))
+        if paths > nodes:
+            # The best chain comes first.
+            drafted = first_nodes(drafted, nodes, counts)
         # vLLM's first profile run comes before there is a state.
         state = getattr(self, "model_state", None)
         if state is None:
