@@ -26,17 +26,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_redrafter.demo.engine_process import (
+from vllm_redrafter.bench.engine_process import (
     EngineFailed,
     EngineProcess,
     Generation,
     SpecCounters,
 )
-from vllm_redrafter.demo.engines import Settings, engine_arguments
+from vllm_redrafter.bench.engines import Settings, engine_arguments
+from vllm_redrafter.bench.machine import describe_machine
+from vllm_redrafter.bench.own_counters import SOURCES as DRAFTED_BY
+from vllm_redrafter.bench.own_counters import OwnCounters, added, shares
+from vllm_redrafter.bench.variants import BUNDLED_DRAFTER
 from vllm_redrafter.demo.fetch import FetchError
-from vllm_redrafter.demo.machine import describe_machine
-from vllm_redrafter.demo.own_counters import SOURCES as DRAFTED_BY
-from vllm_redrafter.demo.own_counters import OwnCounters, added, shares
 from vllm_redrafter.demo.prompts import (
     HUMAN_EVAL_WORDING,
     Prompt,
@@ -46,7 +47,6 @@ from vllm_redrafter.demo.prompts import (
     spread,
 )
 from vllm_redrafter.demo.target import smollm2
-from vllm_redrafter.demo.variants import BUNDLED_DRAFTER
 from vllm_redrafter.training.answers import Recorded, read_answers
 from vllm_redrafter.training.errors import TrainingError
 from vllm_redrafter.training.evaluate import parse_settings

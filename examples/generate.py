@@ -80,8 +80,8 @@ def generate(
 def main() -> None:
     question, *pair = sys.argv[1:] or ["Why is the sky blue?"]
     if not pair:
+        from vllm_redrafter.bench.variants import BUNDLED_DRAFTER
         from vllm_redrafter.demo.target import smollm2
-        from vllm_redrafter.demo.variants import BUNDLED_DRAFTER
 
         pair = [smollm2(), BUNDLED_DRAFTER]
     target = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)

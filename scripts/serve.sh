@@ -20,7 +20,7 @@ if [[ $# -ge 1 && "$1" != -* ]]; then
   pair=("$1" "$2")
   shift 2
 fi
-settings="$("$bin/python" -m vllm_redrafter.demo.serve_settings "${pair[@]}")"
+settings="$("$bin/python" -m vllm_redrafter.bench.serve_settings "${pair[@]}")"
 eval "$settings"
 exec "$bin/vllm" serve "$TARGET" --dtype bfloat16 --enforce-eager --max-num-seqs 16 \
   --kv-cache-memory-bytes "$((1 << 30))" --speculative-config "$SPECULATIVE_CONFIG" "$@"

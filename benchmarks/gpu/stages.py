@@ -161,8 +161,8 @@ def real_pair(context: Context) -> tuple[Path, Path, list[list[int]], dict[str, 
 
 def lossless(context: Context) -> dict[str, Any]:
     """Greedy outputs beside plain vLLM's, and plain vLLM's beside its own at batch 1."""
-    from vllm_redrafter.demo.compare import Settings, compare
-    from vllm_redrafter.demo.engine_process import EngineFailed
+    from vllm_redrafter.bench.compare import Settings, compare
+    from vllm_redrafter.bench.engine_process import EngineFailed
 
     target, drafter, prompts, kwargs = real_pair(context)
     variants = {"plain": None, "redrafter": {"method": "redrafter", "model": str(drafter)}}
@@ -201,7 +201,7 @@ def lossless(context: Context) -> dict[str, Any]:
 
 def smollm2(context: Context) -> dict[str, Any]:
     """Tokens/s with the real drafter, engines in turn: the only end-to-end speed."""
-    from vllm_redrafter.demo.compare import Settings, compare
+    from vllm_redrafter.bench.compare import Settings, compare
 
     target, drafter, prompts, kwargs = real_pair(context)
     ours = {"method": "redrafter", "model": str(drafter)}

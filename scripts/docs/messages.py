@@ -20,16 +20,16 @@ PAGE = ROOT / "docs" / "messages.md"
 
 # Errors that reach a user; `missing` makes a TrainingError about a package that is not installed.
 NAMES = (
-    "BadTree", "CheckFailed", "CostTableError", "DrafterError", "EngineFailed", "FetchError",
-    "OptionError", "RuntimeError", "SourceError", "TrainingError", "UnsupportedError", "UserError",
-    "ValueError", "missing",
+    "BadTree", "BenchError", "CheckFailed", "CostTableError", "DrafterError", "EngineFailed",
+    "FetchError", "OptionError", "RuntimeError", "SourceError", "TrainingError",
+    "UnsupportedError", "UserError", "ValueError", "missing",
 )  # fmt: skip
 GROUPS = {
     "Options and the engine's settings": ("options.py", "engine"),
     "Drafters": ("drafter",),
     "Making data, training, evaluating": ("training",),
     "Commands": ("cli",),
-    "Demo and downloads": ("demo",),
+    "Demo, benchmarks and downloads": ("demo", "bench"),
     "Cost tables": ("budget",),
     "Functions and operators": ("tree", "lookup", "ops", "reading.py"),
 }

@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from benchmark_scripts import load_script
 
-from vllm_redrafter.demo.engine_process import SpecCounters, _request_counters
+from vllm_redrafter.bench.engine_process import SpecCounters, _request_counters
 from vllm_redrafter.training.answers import Recorded
 from vllm_redrafter.training.replay import Setting
 

@@ -7,11 +7,11 @@ import json
 import pytest
 
 from vllm_redrafter import cli
+from vllm_redrafter.bench import engines as engines_module
+from vllm_redrafter.bench.engine_process import EngineFailed, Generation
 from vllm_redrafter.cli import demo
-from vllm_redrafter.demo import engines as engines_module
 from vllm_redrafter.demo import prompts as prompts_module
 from vllm_redrafter.demo import target as target_module
-from vllm_redrafter.demo.engine_process import EngineFailed, Generation
 from vllm_redrafter.demo.fetch import FetchError
 
 

@@ -20,7 +20,7 @@ from server import Server, plain_and_redrafter
 from tiny_models import write_json, write_llama
 
 import vllm_redrafter
-from vllm_redrafter.demo.serve_settings import lines
+from vllm_redrafter.bench.serve_settings import lines
 from vllm_redrafter.drafter.fingerprint import FIELD
 from vllm_redrafter.training.fingerprint import of_directory
 

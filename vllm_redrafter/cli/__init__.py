@@ -13,6 +13,7 @@ from vllm_redrafter import __version__
 
 COMMANDS = {
     "demo": "plain vLLM and ReDrafter side by side on a small real model",
+    "bench": "compare speeds with any target and drafter on this machine, and recommend a flag",
     "data": "let the target answer prompts: the data that a drafter is trained on",
     "train": "train a drafter on the target's own answers",
     "eval": "replay recorded answers with a drafter: acceptance and predicted speed by setting",

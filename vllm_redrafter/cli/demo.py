@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_redrafter.cli import UserError
-from vllm_redrafter.demo.variants import (
+from vllm_redrafter.bench.variants import (
     BUNDLED_DRAFTER,
     CHAIN,
     NGRAM,
@@ -19,6 +18,7 @@ from vllm_redrafter.demo.variants import (
     REDRAFTER,
     redrafter_config,
 )
+from vllm_redrafter.cli import UserError
 from vllm_redrafter.options import BUDGETS
 
 LABELS = {PLAIN: "plain vLLM", REDRAFTER: "ReDrafter", CHAIN: "ReDrafter, W=1", NGRAM: "n-gram"}
@@ -31,13 +31,13 @@ _PASSED_ON = ("beam_width", "draft_length", "tree", "num_speculative_tokens", "t
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add = parser.add_argument
-    add("--prompts", type=_positive, default=8, metavar="N",
+    add("--prompts", type=positive, default=8, metavar="N",
         help="how many MT-bench questions to answer, at most 80 (default %(default)s)")  # fmt: skip
-    add("--max-tokens", type=_positive, default=128, metavar="N",
+    add("--max-tokens", type=positive, default=128, metavar="N",
         help="longest answer (default %(default)s)")  # fmt: skip
-    add("--rounds", type=_positive, default=2, metavar="N",
+    add("--rounds", type=positive, default=2, metavar="N",
         help="how often each engine answers every prompt (default %(default)s)")  # fmt: skip
-    add("--batch-size", type=_positive, default=1, metavar="N",
+    add("--batch-size", type=positive, default=1, metavar="N",
         help="prompts that run together (default %(default)s)")  # fmt: skip
     add("--dtype", choices=("both", "bfloat16", "float32"), default="both",
         help="both (default): time in bfloat16, then compare outputs once in float32")  # fmt: skip
@@ -45,10 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--drafter", metavar="DIR", default=str(BUNDLED_DRAFTER),
         help="drafter directory; without it the one in this package")  # fmt: skip
     passed = parser.add_argument_group("passed on to speculative_config")
-    passed.add_argument("--beam-width", type=_positive, metavar="W")
-    passed.add_argument("--draft-length", type=_positive, metavar="L")
+    passed.add_argument("--beam-width", type=positive, metavar="W")
+    passed.add_argument("--draft-length", type=positive, metavar="L")
     passed.add_argument("--tree", choices=("best", "beams"))
-    passed.add_argument("--num-speculative-tokens", type=_positive, metavar="N")
+    passed.add_argument("--num-speculative-tokens", type=positive, metavar="N")
     passed.add_argument("--top-k", type=int, metavar="K")
     passed.add_argument("--prompt-lookup", action=argparse.BooleanOptionalAction, default=None)
     passed.add_argument("--node-budget", choices=BUDGETS)
@@ -61,11 +61,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 unless float32 outputs differ from plain vLLM's."""
     from rich.console import Console
 
+    from vllm_redrafter.bench import report
+    from vllm_redrafter.bench.compare import compare
+    from vllm_redrafter.bench.engine_process import EngineFailed
+    from vllm_redrafter.bench.engines import Settings, context_length
     from vllm_redrafter.demo import prompts as mt_bench
-    from vllm_redrafter.demo import report
-    from vllm_redrafter.demo.compare import compare
-    from vllm_redrafter.demo.engine_process import EngineFailed
-    from vllm_redrafter.demo.engines import Settings, context_length
     from vllm_redrafter.demo.fetch import FetchError
     from vllm_redrafter.demo.target import smollm2
 
@@ -164,7 +164,8 @@ def _progress(console: Any, what: str) -> Iterator[Any]:
         )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
     try:
         value = int(text)
     except ValueError:

@@ -8,11 +8,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from vllm_redrafter.demo.compare import Comparison, Equality
-from vllm_redrafter.demo.own_counters import SOURCES
-
-# Cores used by other programs above which times mean little. An idle Linux uses about 0.02.
-BUSY_CORES = 0.15
+from vllm_redrafter.bench.compare import BUSY_CORES, Comparison, Equality
+from vllm_redrafter.bench.own_counters import SOURCES
 
 
 def results_table(comparison: Comparison, labels: Mapping[str, str]) -> RenderableType:

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from vllm_redrafter.demo import compare as compare_module
-from vllm_redrafter.demo import engines as engines_module
-from vllm_redrafter.demo import report
-from vllm_redrafter.demo.compare import (
+from vllm_redrafter.bench import compare as compare_module
+from vllm_redrafter.bench import engines as engines_module
+from vllm_redrafter.bench import report
+from vllm_redrafter.bench.compare import (
     Comparison,
     Equality,
     Run,
@@ -17,14 +17,14 @@ from vllm_redrafter.demo.compare import (
     first_difference,
     turned,
 )
-from vllm_redrafter.demo.engine_process import (
+from vllm_redrafter.bench.engine_process import (
     EngineFailed,
     Generation,
     SpecCounters,
     machine_cpu_seconds,
 )
-from vllm_redrafter.demo.engines import Engines, Settings
-from vllm_redrafter.demo.own_counters import (
+from vllm_redrafter.bench.engines import Engines, Settings
+from vllm_redrafter.bench.own_counters import (
     SOURCES,
     added,
     budget_facts,

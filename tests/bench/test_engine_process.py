@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from vllm_redrafter.demo.engine_process import EngineFailed, EngineProcess
+from vllm_redrafter.bench.engine_process import EngineFailed, EngineProcess
 
 
 @pytest.fixture

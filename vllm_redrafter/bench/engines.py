@@ -3,13 +3,13 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_redrafter.demo.engine_process import EngineProcess
-from vllm_redrafter.demo.machine import physical_cores
+from vllm_redrafter.bench.engine_process import EngineFailed, EngineProcess
+from vllm_redrafter.bench.machine import physical_cores
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Settings:
         kv_cache_bytes: size of each engine's KV cache.
         enforce_eager: True: no torch.compile (its start-up takes minutes on a small machine).
         ignore_eos: True: always generate `max_tokens` tokens.
+        request_counters: vLLM counts drafts of every request (`Generation.request_spec`).
         llm_kwargs: further arguments of `vllm.LLM`.
         env: further environment variables of the engines.
     """
@@ -43,6 +44,7 @@ class Settings:
     kv_cache_bytes: int = 1 << 30
     enforce_eager: bool = True
     ignore_eos: bool = False
+    request_counters: bool = False
     llm_kwargs: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
 
@@ -67,6 +69,8 @@ def engine_arguments(
     }
     if config:
         kwargs["speculative_config"] = config
+        if settings.request_counters:
+            kwargs.setdefault("per_request_spec_decode_metrics", "summary")
     env = {
         # The engine runs inside its process: no second and third process share the cores.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -113,6 +117,8 @@ class Engines:
         settings: what all variants share; the batch size may change while they run.
         max_num_seqs: the most requests that will ever run together.
         report: called with what is being done.
+        optional: variants without which the others run: one that does not start is in ``failed``,
+            with what it said, and is not to be used.
     """
 
     def __init__(
@@ -122,8 +128,11 @@ class Engines:
         settings: Settings,
         max_num_seqs: int,
         report: Callable[[str], None] = lambda what: None,
+        optional: Collection[str] = (),
     ) -> None:
         self.startup_seconds: dict[str, float] = {}
+        self.failed: dict[str, str] = {}
+        self._optional = optional
         self._report = report
         self._engines = {}
         for name, config in variants.items():
@@ -136,7 +145,13 @@ class Engines:
             for name, engine in self._engines.items():
                 self._report(f"starting {name}")
                 engine.start()
-                self.startup_seconds[name] = engine.wait_ready()
+                try:
+                    self.startup_seconds[name] = engine.wait_ready()
+                except EngineFailed as error:
+                    if name not in self._optional:
+                        raise
+                    engine.stop()
+                    self.failed[name] = str(error)
         except BaseException:
             self._stop()
             raise
@@ -150,7 +165,8 @@ class Engines:
 
     def peak_rss_bytes(self) -> dict[str, int]:
         """Highest resident memory of every engine's process so far."""
-        return {name: engine.peak_rss_bytes() for name, engine in self._engines.items()}
+        running = {n: one for n, one in self._engines.items() if n not in self.failed}
+        return {name: engine.peak_rss_bytes() for name, engine in running.items()}
 
     def _stop(self) -> None:
         for engine in self._engines.values():

@@ -20,13 +20,37 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_redrafter.demo.engine_process import Generation, SpecCounters
-from vllm_redrafter.demo.engines import Engines, Settings, default_threads, openmp_environment
-from vllm_redrafter.demo.machine import describe_machine
-from vllm_redrafter.demo.own_counters import added, budget_facts, shares
+from vllm_redrafter.bench.engine_process import Generation, SpecCounters
+from vllm_redrafter.bench.engines import Engines, Settings, default_threads, openmp_environment
+from vllm_redrafter.bench.machine import describe_machine
+from vllm_redrafter.bench.own_counters import added, budget_facts, shares
 from vllm_redrafter.training.repeats import is_looping
 
 Progress = Callable[[int, int, str], None]
+
+# Cores used by other programs above which times mean little. An idle Linux uses about 0.02.
+BUSY_CORES = 0.15
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of some values.
+
+    Attributes:
+        median, low, high: the median, the first and the third quartile.
+    """
+
+    median: float
+    low: float
+    high: float
+
+
+def spread_of(values: Sequence[float]) -> Spread | None:
+    """The spread of any values; None of none."""
+    if not values:
+        return None
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    return Spread(statistics.median(values), low, high)
 
 
 @dataclass(frozen=True)
@@ -101,7 +125,12 @@ class Summary:
         nodes_by_source, accepted_by_source: shares of the verified and of the accepted nodes by
             who drafted them; {} where that is not counted.
         draft_shapes: shares of the drafts by the drafter's "W,L", "0,0" where it did not run.
-        budget: what the node budget expected and what came (`demo.own_counters`).
+        budget: what the node budget expected and what came (`bench.own_counters`).
+        first_ms: milliseconds from a request's arrival to its first token, waiting included.
+        per_token_ms: milliseconds from one token of a request to the next, in the mean of the
+            request.
+        joules_per_token: energy of the processor packages, the whole machine's; None where the
+            platform does not tell it.
         peak_rss_bytes: highest resident memory of the engine's process.
         startup_seconds: importing vLLM and building the engine.
     """
@@ -120,6 +149,28 @@ class Summary:
     accepted_by_source: dict[str, float] = field(default_factory=dict)
     draft_shapes: dict[str, float] = field(default_factory=dict)
     budget: dict[str, float] = field(default_factory=dict)
+    first_ms: Spread | None = None
+    per_token_ms: Spread | None = None
+    joules_per_token: float | None = None
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Figures of single requests of one variant, whatever ran beside them.
+
+    Attributes:
+        requests: how many, all rounds together.
+        first_ms, per_token_ms: as of `Summary`.
+        speed_up: the baseline's milliseconds per token over the variant's, over the pairs (same
+            prompt, same round); None for the baseline.
+        acceptance_length: None where vLLM kept no counters of single requests.
+    """
+
+    requests: int
+    first_ms: Spread | None
+    per_token_ms: Spread | None
+    speed_up: Spread | None
+    acceptance_length: float | None
 
 
 @dataclass
@@ -178,6 +229,9 @@ class Comparison:
             accepted_by_source=shares(own.get("accepted_by_source", {})),
             draft_shapes=shares(own.get("draft_shapes", {})),
             budget=budget_facts(own),
+            first_ms=spread_of([1e3 * s for run in runs for s in run.result.first_seconds]),
+            per_token_ms=spread_of([ms for run in runs for ms in _per_token_ms(run).values()]),
+            joules_per_token=_joules(runs),
         )
 
     def ratio(self, variant: str, groups: Collection[int] | None = None) -> Ratio:
@@ -191,19 +245,60 @@ class Comparison:
         theirs = {key: run for run in self.of(self.baseline)
                   if (key := (run.round, run.group)) in ours}  # fmt: skip
         pairs = [ours[key].tokens_per_second / theirs[key].tokens_per_second for key in ours]
-        low, _, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
+        spread = spread_of(pairs)
+        assert spread is not None, "there are no runs of these groups"
         rounds = sorted({round_ for round_, _ in ours})
         return Ratio(
             overall=_throughput(ours.values()) / _throughput(theirs.values()),
-            median=statistics.median(pairs),
-            low=low,
-            high=high,
+            median=spread.median,
+            low=spread.low,
+            high=spread.high,
             per_round=tuple(
                 _throughput(run for run in ours.values() if run.round == r)
                 / _throughput(run for run in theirs.values() if run.round == r)
                 for r in rounds
             ),
         )
+
+    def requests(self, variant: str, prompts: Collection[int] | None = None) -> Requests:
+        """Figures of the requests of one variant; see `Requests`.
+
+        Args:
+            prompts: only these prompts, by index; None: all.
+        """
+        theirs = {(run.round, run.group): _per_token_ms(run) for run in self.of(self.baseline)}
+        first, per_token, ratios = [], [], []
+        spec, count, counted = SpecCounters(), 0, True
+        for run in self.of(variant):
+            base, mine = theirs[run.round, run.group], _per_token_ms(run)
+            counted = counted and len(run.result.request_spec) == len(run.prompts)
+            for at, prompt in enumerate(run.prompts):
+                if prompts is not None and prompt not in prompts:
+                    continue
+                count += 1
+                first += [1e3 * s for s in run.result.first_seconds[at : at + 1]]
+                if prompt in mine:
+                    per_token.append(mine[prompt])
+                if prompt in mine and base.get(prompt):
+                    ratios.append(base[prompt] / mine[prompt])
+                if counted:
+                    spec += run.result.request_spec[at]
+        return Requests(
+            requests=count,
+            first_ms=spread_of(first),
+            per_token_ms=spread_of(per_token),
+            speed_up=None if variant == self.baseline else spread_of(ratios),
+            acceptance_length=1 + spec.accepted / spec.drafts if counted and spec.drafts else None,
+        )
+
+    def looping_prompts(self) -> set[int]:
+        """Prompts whose answer by the baseline goes in circles (see `training.repeats`)."""
+        return {
+            prompt
+            for run in self.of(self.baseline)
+            for prompt, ids in zip(run.prompts, run.result.token_ids, strict=True)
+            if is_looping(ids)
+        }
 
     def looping_groups(self) -> set[int]:
         """Groups in which a baseline answer goes in circles (see `training.repeats`)."""
@@ -408,6 +503,24 @@ def _outputs(runs: Iterable[Run]) -> dict[tuple[int, int], list[int]]:
 def _throughput(runs: Iterable[Run]) -> float:
     runs = list(runs)
     return sum(run.tokens for run in runs) / sum(run.result.seconds for run in runs)
+
+
+def _per_token_ms(run: Run) -> dict[int, float]:
+    """Milliseconds per output token by prompt; answers of one token have none."""
+    times = zip(run.prompts, run.result.later_seconds, run.result.token_ids, strict=False)
+    return {
+        prompt: 1e3 * seconds / (len(ids) - 1)
+        for prompt, seconds, ids in times
+        if len(ids) > 1 and seconds > 0
+    }
+
+
+def _joules(runs: Sequence[Run]) -> float | None:
+    """Per generated token; None where one run has no figure."""
+    used = [run.result.joules for run in runs]
+    tokens = sum(run.tokens for run in runs)
+    known = [one for one in used if one is not None]
+    return sum(known) / tokens if known and len(known) == len(used) and tokens else None
 
 
 def _added(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

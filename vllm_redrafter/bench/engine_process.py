@@ -5,7 +5,7 @@ Engines that are compared must not share anything: vLLM's metrics are one regist
 memory is per process, and thread settings are read once at import. The process blocks in `recv`
 between requests, so an idle engine takes no CPU time from the one being timed.
 
-Run as `python -m vllm_redrafter.demo.engine_process FD`, where FD is an inherited pipe.
+Run as `python -m vllm_redrafter.bench.engine_process FD`, where FD is an inherited pipe.
 """
 
 import contextlib
@@ -20,7 +20,8 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import IO, Any
 
-from vllm_redrafter.demo.own_counters import OwnCounters, gained, totals
+from vllm_redrafter.bench.energy import joules_between, read_counters
+from vllm_redrafter.bench.own_counters import OwnCounters, gained, totals
 
 
 class EngineFailed(RuntimeError):
@@ -77,8 +78,11 @@ class Generation:
         finish_reasons: why each answer ended, "stop" or "length".
         part_seconds: wall time inside ReDrafter's code in this call, by part; {} without it.
         fallbacks: drafts not made, or cut to a chain, by reason.
-        own: ReDrafter's further counters of this call (`demo.own_counters`); {} without it.
+        own: ReDrafter's further counters of this call (`bench.own_counters`); {} without it.
         other_cpu_seconds: processor time of everything else on the machine during the call.
+        first_seconds: of each prompt, from its arrival to its first token, waiting included.
+        later_seconds: of each prompt, from its first token to its last.
+        joules: energy of the processor packages, of the whole machine; None where it is not told.
     """
 
     token_ids: list[list[int]]
@@ -93,6 +97,9 @@ class Generation:
     request_spec: list[SpecCounters] = field(default_factory=list)
     finish_reasons: list[str] = field(default_factory=list)
     own: OwnCounters = field(default_factory=dict)
+    first_seconds: list[float] = field(default_factory=list)
+    later_seconds: list[float] = field(default_factory=list)
+    joules: float | None = None
 
 
 class EngineProcess:
@@ -121,8 +128,8 @@ class EngineProcess:
         self._log = tempfile.TemporaryFile()  # without a name: nothing is left behind
         fd = theirs.fileno()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_redrafter.demo.engine_process", str(fd)],
-            env={**os.environ, **_with_package_path(self._env)},
+            [sys.executable, "-m", "vllm_redrafter.bench.engine_process", str(fd)],
+            env={**os.environ, **with_package_path(self._env)},
             pass_fds=(fd,),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -202,7 +209,7 @@ class EngineProcess:
         return value
 
 
-def _with_package_path(env: dict[str, str]) -> dict[str, str]:
+def with_package_path(env: dict[str, str]) -> dict[str, str]:
     """Let the child import this very package, also when it is used without being installed."""
     root = str(Path(__file__).resolve().parents[2])
     before = env.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
@@ -250,9 +257,11 @@ def _generate(
     steps, spec = _counters(engine)
     own = _redrafter_stats(engine)
     others = machine_cpu_seconds() - time.process_time()
+    energy = read_counters()
     began = time.perf_counter()
     outputs = engine.generate(inputs, params, use_tqdm=False)
     seconds = time.perf_counter() - began
+    joules = joules_between(energy, read_counters())
     others = machine_cpu_seconds() - time.process_time() - others
     steps_after, spec_after = _counters(engine)
     own_after = _redrafter_stats(engine)
@@ -270,6 +279,9 @@ def _generate(
         request_spec=_request_counters(outputs),
         finish_reasons=[output.outputs[0].finish_reason for output in outputs],
         own=gained(totals(own_after), totals(own)),
+        first_seconds=[s.first_token_latency for s in stats],
+        later_seconds=[s.last_token_ts - s.first_token_ts for s in stats],
+        joules=joules,
     )
 
 
@@ -335,6 +347,6 @@ def _counters(engine: Any) -> tuple[int, SpecCounters]:
 if __name__ == "__main__":
     # Only this module under its real name may define what travels through the pipe: objects of
     # `__main__` could not be unpickled by the parent.
-    from vllm_redrafter.demo.engine_process import _serve as serve
+    from vllm_redrafter.bench.engine_process import _serve as serve
 
     serve(Connection(int(sys.argv[1])))

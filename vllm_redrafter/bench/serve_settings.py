@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `scripts/serve.sh` sets before it starts `vllm serve`, as lines for a shell.
 
-python -m vllm_redrafter.demo.serve_settings [TARGET DRAFTER_DIR]
+python -m vllm_redrafter.bench.serve_settings [TARGET DRAFTER_DIR]
 """
 
 import json
 import shlex
 import sys
 
-from vllm_redrafter.demo.engines import default_threads, openmp_environment
+from vllm_redrafter.bench.engines import default_threads, openmp_environment
+from vllm_redrafter.bench.variants import BUNDLED_DRAFTER, redrafter_config
 from vllm_redrafter.demo.target import smollm2
-from vllm_redrafter.demo.variants import BUNDLED_DRAFTER, redrafter_config
 
 
 def lines(target: str | None, drafter: str | None) -> list[str]:
