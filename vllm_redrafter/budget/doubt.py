@@ -7,9 +7,9 @@ import numpy as np
 
 from vllm_redrafter.budget.policy import Choice
 
-# After so many steps without a node, nodes count as so much cheaper for once: a table that is wrong
-# must not stay unnoticed.
-WITH_AFTER, CHEAPER = 64, 0.7
+# After so many steps without a node, nodes count as so much cheaper, and as cheaper still after so
+# many more, until a step has some: a table that is wrong must not stay unnoticed, however wrong.
+WITH_AFTER, CHEAPER, MOST_OFTEN = 64, 0.7, 12
 
 # After so many steps with nodes, one has none, if nodes are thought to pay by less than CLOSE: what
 # such a step takes would else be the fit's guess. It costs at most (CLOSE - 1) / WITHOUT_AFTER.
@@ -24,9 +24,8 @@ class Doubt:
 
     def seconds(self, seconds: np.ndarray) -> np.ndarray:
         """``[K + 1]``, what steps with 0, 1, ... nodes count as."""
-        if self._without < WITH_AFTER:
-            return seconds
-        return seconds[0] + CHEAPER * (seconds - seconds[0])
+        cheaper = CHEAPER ** min(self._without // WITH_AFTER, MOST_OFTEN)
+        return seconds[0] + cheaper * (seconds - seconds[0])
 
     def counts(self, choice: Choice) -> np.ndarray:
         """``[B]`` int64, the nodes of each request in this step."""

@@ -9,16 +9,19 @@ programs. What steps really take is fitted as
 by least squares over the last steps, with weights that fade. Where steps are so alike that they do
 not tell these apart, the table's own proportions hold, times a common factor: a machine that
 becomes twice as slow changes no decision. A single step of absurd length (a suspended process) is
-no evidence; several in a row are, and the fit starts again from them.
+no evidence; several in a row are, and the fit starts again from them. A step far shorter than the
+table allows is: other programs make a step longer, never shorter, so the table was measured beside
+them, and its costs of so many rows come down.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
-from vllm_redrafter.budget.costs import NO_DRAFT, CostTable, DraftShape, between
+from vllm_redrafter.budget.costs import NO_DRAFT, CostTable, DraftShape, between, convex
 
 FADE = 0.985  # of a step's weight, per step
 FADE_BIASED = 0.8  # where steps have been longer, or shorter, than thought for a while
@@ -88,6 +91,9 @@ class CostModel:
             return
         took, by_table = seconds / self._unit, float(self._table(rows, attended))
         off = math.log(seconds / float(self.step(rows, requests, attended)))
+        if self._seen and off < -OUTLIER and rows > requests:
+            self._lower(rows, seconds / self._factor - self.table.attention * attended)
+            return
         if self._seen and abs(off) > OUTLIER:
             self._outliers += 1
             if self._outliers >= BELIEVED_AFTER:
@@ -113,6 +119,17 @@ class CostModel:
         )
         # A negative slope is noise: a row always takes some time.
         self._solution[0] = max(self._solution[0], 0.3 * self._factor)
+
+    def _lower(self, rows: int, seconds: float) -> None:
+        """The table's cost of so many rows is at most this, by a step that ran."""
+        least = self.table.rows[0][1]
+        if seconds < least / 2:
+            return  # a clock that jumped
+        # Fewer rows take no longer, and never less than the fewest.
+        seconds = max(seconds, least)
+        kept = [(at, min(old, seconds) if at <= rows else old) for at, old in self.table.rows]
+        points = dict(kept) | {float(rows): seconds}
+        self.table = replace(self.table, rows=convex(sorted(points.items())))
 
     def draft(self, shape: DraftShape, batch: int) -> float:
         """Seconds of one draft; 0 for none."""
