@@ -90,6 +90,8 @@ def fakes(monkeypatch):
     monkeypatch.setattr(engines_module, "EngineProcess", FakeEngine)
     monkeypatch.setattr(prompts_module, "ChatTokens", FakeTokens)
     monkeypatch.setattr(run_module, "available_bytes", lambda: 1 << 50)
+    # Drawing takes seconds: one test does.
+    monkeypatch.setattr(run_module, "can_plot", lambda: False)
 
 
 @pytest.fixture
@@ -111,7 +113,8 @@ def read(target: Path) -> dict:
     return json.loads((target / "out" / "bench.json").read_text())
 
 
-def test_every_batch_size_on_running_engines(target, capsys):
+def test_every_batch_size_on_running_engines(target, monkeypatch, capsys):
+    monkeypatch.setattr(run_module, "can_plot", lambda: True)
     assert cli.main(command(target, "--count", "5", "--batch-sizes", "1", "2", "8", "--variants",
                             "redrafter", "ngram")) == 0  # fmt: skip
     mine = [size for name, size in FakeEngine.calls if name == "redrafter"]
@@ -404,8 +407,7 @@ def test_without_matplotlib_there_are_no_pictures(target, monkeypatch, capsys):
 
     (target / "out").mkdir()
     (target / "out" / "latency.png").write_bytes(b"of an older run")
-    for module in (run_module, log):
-        monkeypatch.setattr(module, "can_plot", lambda: False)
+    monkeypatch.setattr(log, "can_plot", lambda: False)
     assert cli.main(command(target, "--count", "1", "--batch-sizes", "1")) == 0
     assert "no pictures: they need `matplotlib`" in capsys.readouterr().out
     assert not list((target / "out").glob("*.png"))
