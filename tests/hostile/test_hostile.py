@@ -20,7 +20,7 @@ MEBIBYTE = 1 << 20
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_hostile_crowd(tmp_path):
-    outcome = run(tmp_path, 60)
+    outcome = run(tmp_path, 120)
     report, stats = outcome.report, outcome.stats
     assert report.differences == []
     assert report.hung == []
