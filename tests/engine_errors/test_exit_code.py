@@ -45,7 +45,7 @@ def test_llm_with_a_missing_directory(target, tmp_path):
     "extra, flags, sentence",
     [
         ({"beams": 3}, (), "unknown key 'beams'; ReDrafter's keys are method, model"),
-        ({}, ("--pipeline-parallel-size", "2"), "(pipeline_parallel_size=2); set it to 1"),
+        ({}, ("--pipeline-parallel-size", "2"), "(pipeline_parallel_size=2): a rank before"),
     ],
 )
 def test_vllm_serve(target, drafter, extra, flags, sentence):

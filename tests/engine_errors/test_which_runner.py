@@ -80,6 +80,7 @@ ARGS = SimpleNamespace(
     decode_context_parallel_size=1,
     prefill_context_parallel_size=1,
     enable_expert_parallel=False,
+    data_parallel_size=1,
     enable_batch_sharded_sampling=None,
     async_scheduling=None,
     kv_cache_dtype="auto",
