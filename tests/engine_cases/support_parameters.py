@@ -9,7 +9,8 @@ from typing import Any
 from engine_v1.tiny_target import prompts
 from vllm.sampling_params import RepetitionDetectionParams
 
-from engine_cases.cases import LETTERS
+from engine_cases.cases import IDS, LETTERS
+from engine_cases.reasoning import END
 from engine_cases.run import sampling_params
 from engine_cases.support_table import CHAIN, NO_DRAFT, PARAMETERS, TREE
 
@@ -39,6 +40,9 @@ def ask(pair: Any, most: dict[tuple[int, ...], str], tokens: int) -> dict[str, s
             )
         params.append(sampling_params(fields))
     batch = prompts(len(params), shortest=8)
+    # A grammar has no say in a reasoning section, which without this lasts to the end.
+    at = list(PARAMETERS).index("structured_outputs")
+    batch[at] = [*batch[at], IDS.index(END)]
     # Letters, so that a grammar lets some of what is drafted pass.
     run = pair.run(batch, params, chain_first=True, vocab=LETTERS, empty=0, chains=0)
     run.assert_equal()

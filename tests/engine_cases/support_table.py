@@ -53,7 +53,7 @@ PARAMETERS: dict[str, Parameter] = {
         {"repetition_detection": {"max_pattern_size": 3, "min_count": 4}}, v2=NO_DRAFT
     ),
     "structured_outputs": Parameter(
-        {"structured_outputs": {"regex": "[a-p]{14}"}}, v1=CHAIN, v2=CHAIN
+        {"structured_outputs": {"regex": "[a-p]{14}"}}, v1=TREE, v2=CHAIN
     ),
     "thinking_token_budget": Parameter({"thinking_token_budget": 4}, v1=NO_DRAFT, v2=NO_DRAFT),
 }
