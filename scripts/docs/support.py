@@ -88,13 +88,15 @@ tiny random models were equal to plain vLLM's, token for token, with accepted dr
 | --- | --- | --- | --- |"""
 
 INTRODUCTION_OF_PARAMETERS = """
-The rest is in the README's [limits](../README.md#limits).
+The rest is in [Limits](limits.md).
 
 ## Parameters of requests
 
 From the same file; `engine_v1/test_support.py` and `engine_v2/own_process/v2_support.py` ask the
 engines for all of them at once, compare the answers with plain vLLM's and look at what was
-verified. On targets that get chains every tree is a chain.
+verified. On targets that get chains every tree is a chain. The tree for `structured_outputs` on V1
+takes a worker in the scheduler's process, which `vllm serve` on a CPU does not have: there it is a
+chain (see [Limits](limits.md)).
 
 | parameter | V1 | V2 |
 | --- | --- | --- |"""

@@ -216,11 +216,9 @@ def test_metrics_are_what_was_generated(servers):
     spare = 0 if v1 else 15 * len(tokens)
     assert 0 < new["redrafter_accepted_tokens_total"] < sum(tokens) - len(tokens) + spare
     assert 0 < new["redrafter_steps_total"] <= new["redrafter_drafts_total"]
-    if v1:
-        assert counters.by_label(ours, "redrafter_nodes_by_source_total", "source")["grammar"]
-    else:
-        reasons = counters.by_label(ours, "redrafter_fallbacks_total", "reason")
-        assert any("structured output" in reason for reason in reasons)
+    # On both: vLLM's worker for CPUs runs in another process than the scheduler with its grammars.
+    reasons = counters.by_label(ours, "redrafter_fallbacks_total", "reason")
+    assert any("structured output" in reason for reason in reasons)
     assert after["redrafter_drafting_off"] == 0
     assert "redrafter_draft_errors_total" not in after
     assert ("redrafter_part_seconds_total" in after) == v1

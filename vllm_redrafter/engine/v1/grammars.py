@@ -2,11 +2,12 @@
 """Trees for requests with a grammar, on Model Runner V1.
 
 vLLM's scheduler holds the grammars, and walks a request's drafts as if they followed each other.
-Where it runs in the worker's process (one rank, as on a CPU by default) it can be asked here: the
-draft is made of what the grammar allows, and two methods of ``StructuredOutputManager`` learn what
-a tree is. One leaves such a draft whole; the other fills each node's row of the bitmask with the
-state behind the node's own path. Anywhere else, and for other backends than xgrammar, or while a
-reasoning section lasts, the draft is cut to its first chain and vLLM's own methods do the rest.
+Where it runs in the worker's process (an ``LLM`` in the caller's process; vLLM's CPU servers have a
+worker of their own) it can be asked here: the draft is made of what the grammar allows, and two
+methods of ``StructuredOutputManager`` learn what a tree is. One leaves such a draft whole; the
+other fills each node's row of the bitmask with the state behind the node's own path. Anywhere
+else, and for other backends than xgrammar, or while a reasoning section lasts, the draft is cut to
+its first chain and vLLM's own methods do the rest.
 """
 
 from __future__ import annotations
