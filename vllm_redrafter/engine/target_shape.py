@@ -58,16 +58,21 @@ class Recurrence(enum.Enum):
     UNKNOWN = "recurrent layers"
 
 
+# In ``layer_types`` of a config.json.
+NAMES_OF_RECURRENCE = frozenset(("linear_attention", "mamba", "conv", "recurrent"))
+
+
 def recurrence_of(model: Any) -> Recurrence | None:
     """The kind of recurrent layers that a target has, by its config.json; None for none.
 
     Args:
         model: vLLM's ``ModelConfig``.
     """
-    if not (model.is_hybrid or model.is_attention_free):
-        return None
     config = model.hf_text_config
     kinds = set(getattr(config, "layer_types", None) or ())
+    # Of an architecture that vLLM leaves to transformers it does not know what its layers are.
+    if not (model.is_hybrid or model.is_attention_free or kinds & NAMES_OF_RECURRENCE):
+        return None
 
     def has(*names: str) -> bool:
         return all(getattr(config, name, None) is not None for name in names)
@@ -151,6 +156,12 @@ def check_target(model: Any, cpu: bool) -> TargetShape:
             "because vLLM cannot verify drafts of them: its kernels there "
             f"{_FEWER_ROWS if kind is Recurrence.GDN else _NO_COUNT}; use a decoder-only target "
             "with full or sliding-window attention in every layer."
+        )
+    if not cpu and (kind is not None or model.use_mla):
+        raise UnsupportedError(
+            f"ReDrafter does not support {kind.value if kind is not None else 'MLA'} ({name}) on "
+            "GPUs yet, where its chains were not held against plain vLLM's answers; use a "
+            "decoder-only target with full or sliding-window attention in every layer."
         )
     if kind is not None:
         why = f"{kind.value} are a recurrence along one sequence"
