@@ -106,6 +106,7 @@ _WINDOWS_V1 = "V1 (`engine_v1/test_windows.py`)"
 _WINDOWS = f"{_WINDOWS_V1}, V2 (`engine_v2/own_process/v2_windows.py`)"
 _SCALED = "V1 (`engine_v1/test_targets.py`), V2 (`engine_v2/own_process/v2_targets.py`)"
 _CHAINS = "V1 (`engine_v1/test_chains.py`)"
+_STATES = "V2 (`engine_v2/own_process/v2_chains.py`)"
 
 TARGETS: dict[str, Target] = {
     "llama": Target(TREE, TREE, "V1, V2 (nearly every test)"),
@@ -121,9 +122,9 @@ TARGETS: dict[str, Target] = {
     "cohere": Target(TREE, TREE, _SCALED),
     "deepseek_v3": Target(CHAIN, REFUSED, _CHAINS),
     "qwen3_next": Target(REFUSED, REFUSED, ""),
-    "falcon_h1": Target(REFUSED, REFUSED, ""),
-    "granitemoehybrid": Target(REFUSED, REFUSED, "", {"layer_types": ["mamba", "attention"]}),
-    "mamba2": Target(REFUSED, REFUSED, ""),
+    "falcon_h1": Target(REFUSED, CHAIN, _STATES),
+    "granitemoehybrid": Target(REFUSED, CHAIN, "", {"layer_types": ["mamba", "attention"]}),
+    "mamba2": Target(REFUSED, CHAIN, ""),
     "lfm2": Target(REFUSED, REFUSED, "", {"layer_types": ["conv", "full_attention"]}),
     "mamba": Target(REFUSED, REFUSED, ""),
     "jamba": Target(REFUSED, REFUSED, ""),

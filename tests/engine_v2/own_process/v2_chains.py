@@ -19,9 +19,7 @@ from vllm.platforms import current_platform
 from engine_v2.own_process.engines import SPEC, Pair, engine
 from vllm_redrafter.engine import target_shape
 from vllm_redrafter.engine.target_shape import Recurrence
-from vllm_redrafter.engine.v2 import model_state
 from vllm_redrafter.engine.v2.model_state import HybridChainModelState
-from vllm_redrafter.engine.v2.tree_store import Shape
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 SEEDED = SamplingParams(temperature=1.0, seed=5, max_tokens=16, ignore_eos=True)
@@ -62,16 +60,6 @@ def check(pair):
         stats = pair.trees.stats
         assert stats["acceptance_length"] > 1.5 and not stats["moves"], stats
         assert not stats["fallbacks"], stats
-
-
-def test_mla(tmp_path, monkeypatch):
-    pair = pair_of(tmp_path, "deepseek_v3", "float32")
-    check(pair)
-    # The control: the same drafts, kept with their branches.
-    monkeypatch.setattr(model_state, "shape_of_request", lambda _: (Shape.TREE, ""))
-    monkeypatch.setattr(pair.trees.state, "_chains", False)
-    monkeypatch.setattr(pair.trees.state, "_tree_step", lambda *_: None)
-    assert not pair.run(prompts(3, shortest=20, longest=60), GREEDY).equal
 
 
 @pytest.mark.slow
