@@ -84,6 +84,7 @@ def test_warnings_are_errors(tmp_path, monkeypatch):
 
 @needs_nvcc
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_one_library_serves_machines_with_and_without_cuda(cuda_library):
     """Built with CUDA beside a torch without it: loads, CPU operators work, CUDA ones are there."""
     check = f"""

@@ -18,7 +18,8 @@ PROBE = Path(__file__).parent / "cuda_torch/probe.py"
 NO_DEVICE = ("no CUDA-capable device is detected",
              "CUDA driver version is insufficient for CUDA runtime version")  # fmt: skip
 
-pytestmark = pytest.mark.slow
+# The first of them builds the library.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def probed(version: str, library: Path, how: str) -> dict:
