@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON by a schema and a call of a tool beside free text, at the same time, from one server.
+"""JSON by a schema beside free text, at the same time, from one server.
 
     vllm serve TARGET --speculative-config '{"method": "redrafter", "model": "DRAFTER_DIR"}'
     python examples/structured.py
@@ -24,14 +24,6 @@ WEATHER = {
     "required": ["city", "unit"],
     "additionalProperties": False,
 }
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather of a city.",
-        "parameters": WEATHER,
-    },
-}
 REQUESTS: dict[str, dict[str, Any]] = {
     "free text": {"messages": [{"role": "user", "content": "Tell me about Rome."}]},
     "by a schema": {
@@ -40,11 +32,6 @@ REQUESTS: dict[str, dict[str, Any]] = {
             "type": "json_schema",
             "json_schema": {"name": "weather", "schema": WEATHER, "strict": True},
         },
-    },
-    "a tool call": {
-        "messages": [{"role": "user", "content": "How warm is it in Rome?"}],
-        "tools": [TOOL],
-        "tool_choice": {"type": "function", "function": {"name": "weather"}},
     },
 }
 
@@ -63,11 +50,9 @@ def main() -> None:
         return answer.choices[0].message
 
     with ThreadPoolExecutor() as pool:
-        free, by_schema, with_tool = pool.map(ask, REQUESTS.values())
+        free, by_schema = pool.map(ask, REQUESTS.values())
     print("free text:", free.content)
     print("by a schema:", json.loads(by_schema.content))
-    [call] = with_tool.tool_calls
-    print("a tool call:", call.function.name, json.loads(call.function.arguments))
 
 
 if __name__ == "__main__":
