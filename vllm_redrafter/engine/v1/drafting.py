@@ -138,12 +138,18 @@ class Drafting:
         self._mean_context = float(given.lengths.mean())
         shape = self._full if self._planner is None else self._planner.plan(batch)
         stats.draft_shapes[f"{shape[0]},{shape[1]}"] += 1
-        beams = None
+        beams, wide = None, None
         if shape != NO_DRAFT:
             with stats.timed("draft"):
                 beams = self._draft(given.context, given.known, shape)
             if self.costs is not None:
                 self.costs.observe_draft(shape, batch, stats.last_seconds["draft"])
+            if given.matchers and given.most_nodes:
+                # Timed as a draft, or the target's steps would be thought to be that much longer.
+                with stats.timed("draft"):
+                    rows = list(given.matchers)
+                    known = [given.known[b] for b in rows]
+                    wide = self._draft(given.context[rows], known, (WIDE, 1))
         if self._options.tree == "beams":
             with stats.timed("tree"):
                 return self._beam_trees(beams, given)
@@ -153,7 +159,7 @@ class Drafting:
             candidates = self._merge(given, beams, chains)
             if shape == self._full and beams is not None and self._planner is not None:
                 self._compare(given, beams, chains, candidates)
-            candidates = self._under_grammars(given, beams, chains, candidates)
+            candidates = self._under_grammars(given, beams, wide, chains, candidates)
             counts = self._counts(given, shape, candidates)
             return _request_trees(candidates, counts)
 
@@ -191,20 +197,24 @@ class Drafting:
         self,
         given: DraftInput,
         beams: Beams | None,
+        wide: Beams | None,
         chains: Chains | None,
         candidates: Candidates,
     ) -> Candidates:
-        """The candidates, those of requests with a grammar chosen anew by what it allows."""
+        """The candidates, those of requests with a grammar chosen anew by what it allows.
+
+        Args:
+            wide: of these requests alone, one token deep.
+        """
         rows = list(given.matchers)
         if not rows or not given.most_nodes:
             return candidates
-        known = [given.known[b] for b in rows]
-        root, deepest = torch.tensor(known), torch.from_numpy(given.max_depth[rows])
+        root = torch.tensor([given.known[b] for b in rows])
+        deepest = torch.from_numpy(given.max_depth[rows])
         drafted = [
             merge_candidates(root, _rows(beams, rows), _rows(chains, rows), ASKED, deepest)
         ]
-        if beams is not None:
-            wide = self._draft(given.context[rows], known, (WIDE, 1))
+        if wide is not None:
             drafted.append(merge_candidates(root, wide, None, WIDE, deepest))
         out = Candidates(**{name: part.clone() for name, part in vars(candidates).items()})
         for i, b in enumerate(rows):
@@ -252,12 +262,14 @@ class Drafting:
         factors = {
             name: trust.factors(given.requests, self._step, kinds, tries)
             for name, trust in self.trust.items()
+            if name != "grammar" or given.matchers
         }
         sources = candidates.sources.numpy()
         factor = np.where(
             sources == FROM_LOOKUP, factors["lookup"][:, None], factors["drafter"][:, None]
         )
-        factor = np.where(sources == FROM_GRAMMAR, factors["grammar"][:, None], factor)
+        if "grammar" in factors:
+            factor = np.where(sources == FROM_GRAMMAR, factors["grammar"][:, None], factor)
         trusted = np.minimum(np.exp(candidates.scores.numpy().astype(np.float64)) * factor, 1.0)
         # A path is no likelier than its beginning, whatever the factors are.
         return np.minimum.accumulate(trusted, axis=1)
