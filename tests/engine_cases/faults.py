@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from vllm_redrafter.engine.draft_guard import DraftGuard
+
 # What PyTorch raises without memory, on a GPU and on a CPU, and everything else.
 KINDS = {
     "error": lambda: RuntimeError("a fault put here"),
@@ -55,3 +57,15 @@ def fault_at(owner: Any, name: str, **fault: Any) -> Iterator[Fault]:
             setattr(owner, name, stands_in._function)
         else:
             delattr(owner, name)
+
+
+def guard_as_served(monkeypatch: Any, owner: Any, stats: Callable[[], Any]) -> None:
+    """Give what drafts a guard as after its start: errors cost drafts, as in a server.
+
+    Args:
+        owner: has ``draft_guard``.
+        stats: of ``DraftGuard``.
+    """
+    guard = DraftGuard(stats)
+    guard.serving = True
+    monkeypatch.setattr(owner, "draft_guard", guard)

@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from engine_cases.faults import KINDS, fault_at
+from engine_cases.faults import KINDS, fault_at, guard_as_served
 from vllm import SamplingParams
 from vllm.v1.request import RequestStatus
 
@@ -43,9 +43,7 @@ def fresh(monkeypatch):
     def use(one):
         clear(one)
         one.reset()
-        guard = DraftGuard(lambda: one.runner.redrafter_stats)
-        guard.serving = True
-        monkeypatch.setattr(one.runner, "draft_guard", guard)
+        guard_as_served(monkeypatch, one.runner, lambda: one.runner.redrafter_stats)
         return one
 
     return use

@@ -6,13 +6,13 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from engine_cases.faults import KINDS, fault_at
+from engine_cases.faults import KINDS, fault_at, guard_as_served
 from engine_v1.engines import answers
 from engine_v1.tiny_target import prompts
 from vllm import SamplingParams
 
 from engine_v2.own_process.host_reads import HostReads
-from vllm_redrafter.engine.draft_guard import ERRORS_IN_A_ROW, DraftGuard
+from vllm_redrafter.engine.draft_guard import ERRORS_IN_A_ROW
 from vllm_redrafter.engine.thorough import CheckFailed
 from vllm_redrafter.engine.v2 import speculator as module
 
@@ -32,9 +32,7 @@ def fresh(monkeypatch):
 
     def use(one):
         one.reset()
-        guard = DraftGuard(lambda: one.state.stats.host)
-        guard.serving = True
-        monkeypatch.setattr(one.speculator, "draft_guard", guard)
+        guard_as_served(monkeypatch, one.speculator, lambda: one.state.stats.host)
         return one
 
     return use
