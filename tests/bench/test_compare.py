@@ -358,6 +358,8 @@ def test_intel_openmp_is_used_where_it_is_installed(monkeypatch, tmp_path):
     library.touch()
     assert engines_module.openmp_environment()["LD_PRELOAD"] == str(library)
     monkeypatch.setenv("LD_PRELOAD", "/mine.so")
+    assert engines_module.openmp_environment()["LD_PRELOAD"] == f"{library}:/mine.so"
+    monkeypatch.setenv("LD_PRELOAD", "/libgomp.so.1:/mine.so")
     assert engines_module.openmp_environment() == {}
 
 
