@@ -20,7 +20,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     waiting = {item.path for item in items if needs_v2(item)}
     items.sort(key=lambda item: item.path in waiting)
     # Deselected, not skipped: a test that did not run must not look like one that did.
-    if config.getoption("--slow") or "slow" in config.getoption("-m"):
+    chosen = config.getoption("-m")
+    if config.getoption("--slow") or "slow" in chosen or "long" in chosen:
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
     if slow:

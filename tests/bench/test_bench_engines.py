@@ -20,6 +20,7 @@ def models(tmp_path_factory):
     return target, tiny_models.write_fitted_drafter(drafter, target, steps=150)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_engines_and_servers(models, tmp_path, capsys):
     target, drafter = models

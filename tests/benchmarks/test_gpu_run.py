@@ -35,6 +35,7 @@ def state_of(folder):
     return json.loads((folder / "state.json").read_text())["stages"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_rehearsal_of_every_stage_that_goes_on_after_a_failure(tmp_path):

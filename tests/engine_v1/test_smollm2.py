@@ -40,6 +40,7 @@ def test_four_questions(smollm2):
     answers_as_plain(smollm2, QUESTIONS, 48)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(PARAMETER, ["v2_smollm2.py::test_demo_prompts"])
@@ -68,6 +69,7 @@ def mt_bench(smollm2):
     return chat_token_ids(spread(mt_bench(), 20), smollm2)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize(("batch_size", "count"), [(1, 8), (8, 20)])

@@ -26,7 +26,7 @@ def functions():
 
 
 TESTS = [
-    pytest.param(inner, marks=[pytest.mark.slow] if slow else [], id=inner)
+    pytest.param(inner, marks=[pytest.mark.slow, pytest.mark.long] if slow else [], id=inner)
     for inner, slow in functions()
 ]
 

@@ -17,6 +17,7 @@ from hostile.ties import is_tie, sampling_parameters
 MEBIBYTE = 1 << 20
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_hostile_crowd(tmp_path):

@@ -45,6 +45,7 @@ def test_compiles_without_warnings_spills_or_stack():
 
 
 @needs_nvcc
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_compiles_for_every_architecture():
@@ -83,6 +84,7 @@ def test_warnings_are_errors(tmp_path, monkeypatch):
 
 
 @needs_nvcc
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_one_library_serves_machines_with_and_without_cuda(cuda_library):

@@ -53,6 +53,7 @@ torch.ops.redrafter_toys.run(torch.empty(32), x, x, 6)
     assert "toys.cu" in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_kernels_stay_in_bounds():
     files = sorted(str(path) for path in HERE.glob("test_cuda_*.py"))

@@ -257,6 +257,7 @@ def test_sigterm_ends_every_process(servers):
     assert not re.search('File ".*vllm_redrafter/', log)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("env", [None, V2], ids=["v1", "v2"])
@@ -276,6 +277,7 @@ def smollm2():
     return smollm2()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_real_model(tmp_path):

@@ -56,6 +56,7 @@ def run(target, dtype, speculative):
     return result
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

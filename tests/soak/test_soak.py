@@ -132,6 +132,7 @@ def test_small_soak(target, drafter):
     run_soak(target, drafter, count=30, blocks=14)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_soak(target, drafter):
