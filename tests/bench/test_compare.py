@@ -357,8 +357,8 @@ def test_intel_openmp_is_used_where_it_is_installed(monkeypatch, tmp_path):
     library.parent.mkdir()
     library.touch()
     assert engines_module.openmp_environment()["LD_PRELOAD"] == str(library)
-    monkeypatch.setenv("LD_PRELOAD", "/mine.so")
-    assert engines_module.openmp_environment()["LD_PRELOAD"] == f"{library}:/mine.so"
+    monkeypatch.setenv("LD_PRELOAD", "/home/compton/mine.so")
+    assert engines_module.openmp_environment()["LD_PRELOAD"] == f"{library}:/home/compton/mine.so"
     monkeypatch.setenv("LD_PRELOAD", "/libgomp.so.1:/mine.so")
     assert engines_module.openmp_environment() == {}
 

@@ -42,53 +42,31 @@ def vocabulary(pair):
     return [tokenizer.encode(chr(code))[0] for code in CHARACTERS]
 
 
-KINDS = [
-    {"regex": COUNTED},
-    None,
-    {"choice": ["positive answer", "negative answer", "neither of them"]},
-    None,
-    {"json": SCHEMA},
-    None,
-    {"regex": r"(yes|no), [0-9]{1,8}"},
-    None,
-]
-
-
-def mixed(temperature, count=24):
-    return [params(KINDS[i % 8], temperature=temperature, seed=i) for i in range(count)]
-
-
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_grammar_requests_beside_tree_requests(pair, temperature):
-    for engine in (pair.plain, pair.trees):  # grammars are compiled; the test below does without
-        engine.reset()
-        engine.generate(prompts(8), mixed(temperature, 8))
-    run = pair.run(prompts(24), mixed(temperature), vocab=vocabulary(pair))
+    kinds = [
+        {"regex": COUNTED},
+        None,
+        {"choice": ["positive answer", "negative answer", "neither of them"]},
+        None,
+        {"json": SCHEMA},
+        None,
+        {"regex": r"(yes|no), [0-9]{1,8}"},
+        None,
+    ]
+    batch = [params(kinds[i % 8], temperature=temperature, seed=i) for i in range(24)]
+    run = pair.run(prompts(24), batch, vocab=vocabulary(pair))
     run.assert_equal()
     run.assert_saw_trees()
     assert REASON not in pair.trees.stats["fallbacks"]
     for i, output in enumerate(run.got):
         said = text(pair, output).removesuffix("<eos>")
-        kind = KINDS[i % 8] or {}
-        if "regex" in kind:
-            assert re.fullmatch(kind["regex"], said)
-        if "choice" in kind:
-            assert said in kind["choice"]
-        if "json" in kind and output.outputs[0].finish_reason == "stop":
+        if kinds[i % 8] and "regex" in kinds[i % 8]:
+            assert re.fullmatch(kinds[i % 8]["regex"], said)
+        if kinds[i % 8] and "choice" in kinds[i % 8]:
+            assert said in kinds[i % 8]["choice"]
+        if kinds[i % 8] and "json" in kinds[i % 8] and output.outputs[0].finish_reason == "stop":
             assert set(json.loads(said)) == {"name", "age"}
-
-
-@pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.parametrize("length", [255, 254, 253, 252])
-def test_grammars_that_are_compiled_meanwhile(make_pair, length):
-    """A known fault: on a busy machine the first token of a request is another one in some runs.
-
-    Requests wait for their grammars and join a batch of trees at any time. Engines of their own,
-    whose first grammars these are.
-    """
-    pair = make_pair(max_model_len=length)
-    pair.run(prompts(24), mixed(0), vocab=vocabulary(pair)).assert_equal()
 
 
 def test_grammar_requests_of_one_prompt_token(pair):

